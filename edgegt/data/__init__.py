@@ -1,0 +1,39 @@
+"""The user's data: files to rows, rows to token ids, ids to batches.
+
+Reading and tokenising need no torch, and bad data should be refused before torch is loaded: the names of `batches`
+are therefore looked up on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgegt.data.read import Row, Source, parse_columns, read_rows, split_rows
+from edgegt.data.tokens import Example, TokenReport, tokenize
+
+if TYPE_CHECKING:
+    from edgegt.data.batches import Batch, collate, length_bucketed, shape_of, split_micro
+
+__all__ = [
+    "Batch",
+    "Example",
+    "Row",
+    "Source",
+    "TokenReport",
+    "collate",
+    "length_bucketed",
+    "parse_columns",
+    "read_rows",
+    "shape_of",
+    "split_micro",
+    "split_rows",
+    "tokenize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    from edgegt.data import batches
+
+    return getattr(batches, name)

@@ -1,0 +1,107 @@
+"""Batches that waste little: neighbours in length together, padded on the left, the head only where it is needed.
+
+With padding on the left all completions end in the last column, so `logits_to_keep=K` (transformers' own argument)
+makes the head run on the last K positions only. Position t predicts token t + 1: inputs are prompt + completion[:-1],
+and the last column of the logits belongs to the last completion token, EOS. Labels are made from the completions, never
+by comparing ids with the padding id, which is EOS for many models: EOS is always learned.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgegt.cost import BatchShape
+from edgegt.data.tokens import Example
+from edgegt.errors import InputError
+
+IGNORE = -100
+TOKENS_STEP = 8
+KEPT_STEP = 4
+WINDOW_BATCHES = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B rows of T inputs, of which the last K reach the head.
+
+    input_ids, attention_mask, position_ids: [B, T] int64, positions from 0 at the first real token; labels: [B, K]
+    int64, column j is what the j-th kept position predicts, IGNORE where nothing is learned; supervised: how many
+    labels are learned.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    shape: BatchShape
+    supervised: int
+
+
+def length_bucketed(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices 0 .. len(lengths) - 1 in batches of similar length, in an order drawn by seed and epoch.
+
+    Every index occurs once; at most one batch is smaller. Raises: InputError for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size} is not possible: give at least 1")
+    draw = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    window = batch_size * WINDOW_BATCHES
+    batches: list[list[int]] = []
+    for start in range(0, len(order), window):
+        near = sorted(order[start : start + window], key=lambda index: lengths[index])
+        batches += [near[at : at + batch_size] for at in range(0, len(near), batch_size)]
+    draw.shuffle(batches)
+    return batches
+
+
+def shape_of(examples: Sequence[Example], max_length: int | None = None) -> BatchShape:
+    """The shape that `collate` gives these examples, in multiples of 8 inputs and 4 kept positions.
+
+    max_length: inputs are not rounded up beyond it.
+    """
+    longest = max(len(example.inputs) for example in examples)
+    kept = max(len(example.targets) for example in examples)
+    rounded = -(-longest // TOKENS_STEP) * TOKENS_STEP
+    tokens = rounded if max_length is None else max(longest, min(rounded, max_length))
+    return BatchShape(len(examples), tokens, min(-(-kept // KEPT_STEP) * KEPT_STEP, tokens))
+
+
+def collate(examples: Sequence[Example], pad_id: int, max_length: int | None = None) -> Batch:
+    """One left-padded batch of the shape that `shape_of` says."""
+    shape = shape_of(examples, max_length)
+    input_ids = torch.full((shape.rows, shape.tokens), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    position_ids = torch.zeros_like(input_ids)
+    labels = torch.full((shape.rows, shape.kept), IGNORE, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        first = shape.tokens - len(example.inputs)
+        input_ids[row, first:] = torch.tensor(example.inputs, dtype=torch.int64)
+        attention_mask[row, first:] = 1
+        position_ids[row, first:] = torch.arange(len(example.inputs))
+        labels[row, shape.kept - len(example.targets) :] = torch.tensor(example.targets, dtype=torch.int64)
+    supervised = sum(len(example.targets) for example in examples)
+    return Batch(input_ids, attention_mask, position_ids, labels, shape, supervised)
+
+
+def split_micro(batch: Batch, rows: int) -> list[Batch]:
+    """The batch in micro-batches of at most `rows` rows, as views, with the padding it has."""
+    return [_rows(batch, start, min(start + rows, batch.shape.rows)) for start in range(0, batch.shape.rows, rows)]
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    labels = batch.labels[start:stop]
+    return Batch(
+        batch.input_ids[start:stop],
+        batch.attention_mask[start:stop],
+        batch.position_ids[start:stop],
+        labels,
+        BatchShape(stop - start, batch.shape.tokens, batch.shape.kept),
+        int((labels != IGNORE).sum()),
+    )

@@ -1,0 +1,60 @@
+"""Held-out loss, greedy answers and exact match, on the same rows before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from edgegt.data import Example, Row, collate
+from edgegt.loss import supervised_loss
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Any, examples: Sequence[Example], pad_id: int, batch_size: int, device: torch.device
+) -> dict[str, Any]:
+    """Mean loss per supervised token, its perplexity, and how many tokens and rows it is the mean of."""
+    total, tokens = 0.0, 0
+    ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.completion))
+    for start in range(0, len(ordered), batch_size):
+        batch = collate(ordered[start : start + batch_size], pad_id)
+        total += float(supervised_loss(model, batch, device))
+        tokens += batch.supervised
+    loss = total / tokens
+    perplexity = math.exp(loss) if loss < 50 else math.inf
+    return {"loss": loss, "perplexity": perplexity, "tokens": tokens, "rows": len(examples)}
+
+
+@torch.no_grad()
+def answer(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, batch_size: int, device: torch.device
+) -> list[str]:
+    """The greedy continuation of each prompt (token ids), as text, until the end of text or `new_tokens`."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        width = max(len(prompts[index]) for index in part)
+        ids = torch.full((len(part), width), pad)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(part):
+            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, width - len(prompts[index]) :] = 1
+        out = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens, do_sample=False,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=pad,
+        )  # fmt: skip
+        texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        for index, text in zip(part, texts, strict=True):
+            answers[index] = text
+    return answers
+
+
+def exact_match(answers: Sequence[str], rows: Sequence[Row]) -> float:
+    """Share of answers that equal their reference, surrounding white space aside."""
+    same = sum(text.strip() == row.completion.strip() for text, row in zip(answers, rows, strict=True))
+    return same / len(rows)

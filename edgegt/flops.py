@@ -1,0 +1,84 @@
+"""FLOPs counted while they are executed, from the shapes at hand and independently of the cost table.
+
+Int8 linears report to the meter themselves. Attention and float linears are counted here: their forward when it runs,
+their backward when a gradient arrives. One multiply-accumulate is 2 FLOPs; attention counts as two products forward
+and two for each of them backward, whichever kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+ATTENTION = "edgegt"
+
+# Integer work for the second int8 plane of a trained weight is arithmetic of the number format, not of the model.
+_NOT_MODEL_FLOPS = ("low_plane",)
+
+
+class FlopMeter:
+    """Sums FLOPs by kind. `total` is what counts against the budget."""
+
+    def __init__(self) -> None:
+        self.by_kind: Counter[str] = Counter()
+
+    def add(self, kind: str, flops: int) -> None:
+        """Count `flops` that have just been executed."""
+        self.by_kind[kind] += flops
+
+    @property
+    def total(self) -> int:
+        return sum(count for kind, count in self.by_kind.items() if kind not in _NOT_MODEL_FLOPS)
+
+
+def register_attention() -> str:
+    """Make transformers' models run its SDPA attention through a counting function; returns the name to ask for."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _counted_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    return ATTENTION
+
+
+def attach(model: nn.Module, meter: FlopMeter) -> None:
+    """Give every module of the model the meter, and count its float linears."""
+    for module in model.modules():
+        module.flop_meter = meter
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            module.register_forward_hook(_count_linear)
+
+
+def _counted_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    out, weights = sdpa_attention_forward(module, query, key, value, mask, **options)
+    meter: FlopMeter | None = getattr(module, "flop_meter", None)
+    if meter is not None:
+        product = 2 * prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
+        meter.add("attention", 2 * product)
+        if out.requires_grad:
+            needed = [query.requires_grad, key.requires_grad, value.requires_grad]
+            back = product * (sum(needed) + (needed[0] or needed[1]))
+            out.register_hook(lambda gradient: meter.add("attention_back", back))
+    return out, weights
+
+
+def _count_linear(module: Any, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    meter: FlopMeter = module.flop_meter
+    product = 2 * out.numel() * inputs[0].shape[-1]
+    meter.add("forward", product)
+    if out.requires_grad:
+        dx, dw = int(inputs[0].requires_grad), int(module.weight.requires_grad)
+
+        def count(gradient: torch.Tensor) -> None:
+            meter.add("dx", dx * product)
+            meter.add("dw", dw * product)
+
+        out.register_hook(count)

@@ -1,0 +1,113 @@
+"""Peak memory of training, as named terms that are linear in the choice of tensors.
+
+    floor        interpreter, libraries, tokenised data: what the process holds before the model
+    base         the int8 model with its scales, norms and biases (counted whole: mapped pages become resident)
+    masters      float32 masters of the trained tensors
+    planes       their two int8 planes, from which their products are computed
+    optimizer    8-bit AdamW states (float32 below 4096 elements, as bitsandbytes keeps them)
+    gradients    all gradients when micro-batches are accumulated, otherwise the largest one (it is applied and freed)
+    demoted      two planes of each tensor trained in an earlier round
+    activations  what backward keeps (from the cost table)
+    logits       head output, its softmax and gradient on the kept positions
+    transient    the widest product's integer and float outputs, and its quantised input
+    slack        allocator fragmentation and what the model does not name: 8 % of the above without the base, and 10 MiB
+
+Bytes everywhere. On a discrete GPU the same terms hold for device memory, with the floor of the CUDA context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from edgegt.cost import BatchShape, CostTable, Weight
+from edgegt.units import MIB
+
+MASTER_BYTES = 4
+PLANE_BYTES = 2
+GRADIENT_BYTES = 4
+LOGIT_BYTES = 16
+SMALL_TENSOR = 4096
+SLACK_SHARE = 0.08
+SLACK_BYTES = 10 * MIB
+
+
+def optimizer_bytes(weight: Weight) -> int:
+    """Bytes of the two AdamW states of one trained tensor."""
+    return 8 * weight.numel if weight.numel < SMALL_TENSOR else 2 * weight.numel + weight.numel // 32
+
+
+def plane_bytes(weight: Weight) -> int:
+    """Bytes of the int8 planes of one trained or demoted tensor (none for a norm or bias)."""
+    return 0 if weight.kind == "vector" else PLANE_BYTES * weight.numel
+
+
+def state_bytes(weight: Weight, accumulate: bool) -> int:
+    """Bytes that training this tensor adds for as long as the round lasts."""
+    gradient = GRADIENT_BYTES * weight.numel if accumulate else 0
+    return MASTER_BYTES * weight.numel + plane_bytes(weight) + optimizer_bytes(weight) + gradient
+
+
+def fused_gradient_bytes(weight: Weight) -> int:
+    """Transient bytes while one gradient exists: it, and the working copies of its optimizer step."""
+    return 2 * GRADIENT_BYTES * weight.numel
+
+
+def worst_shape(shapes: Iterable[BatchShape], micro_batch: int) -> BatchShape:
+    """A shape at least as large as every micro-batch, term by term."""
+    listed = list(shapes)
+    return BatchShape(
+        rows=min(micro_batch, max(shape.rows for shape in listed)),
+        tokens=max(shape.tokens for shape in listed),
+        kept=max(shape.kept for shape in listed),
+    )
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What holds whatever is selected: the floor, and names of the tensors trained in earlier rounds."""
+
+    floor_bytes: int
+    demoted: tuple[str, ...] = ()
+
+
+def fixed_terms(table: CostTable, around: Surroundings, worst: BatchShape, vocabulary: int) -> dict[str, int]:
+    """The terms that no selection changes."""
+    return {
+        "floor": around.floor_bytes,
+        "base": table.base_bytes,
+        "logits": LOGIT_BYTES * worst.rows * worst.kept * vocabulary,
+        "transient": table.widest.at(worst),
+    }
+
+
+def slack_bytes(terms: dict[str, int]) -> int:
+    """Allowance for fragmentation and unnamed buffers, from the other terms."""
+    named = sum(value for key, value in terms.items() if key not in ("floor", "base", "slack"))
+    return int(SLACK_SHARE * named) + SLACK_BYTES
+
+
+def peak_terms(
+    table: CostTable,
+    selected: Sequence[str],
+    around: Surroundings,
+    worst: BatchShape,
+    vocabulary: int,
+    accumulate: bool,
+) -> dict[str, int]:
+    """Every named term of the peak for one selection; their sum is the predicted peak in bytes."""
+    mask = table.mask(selected)
+    chosen = [weight for bit, weight in enumerate(table.weights) if mask >> bit & 1]
+    resting = [weight for weight in table.weights if weight.name in around.demoted and weight not in chosen]
+    terms = fixed_terms(table, around, worst, vocabulary)
+    terms["masters"] = sum(MASTER_BYTES * weight.numel for weight in chosen)
+    terms["planes"] = sum(plane_bytes(weight) for weight in chosen)
+    terms["optimizer"] = sum(optimizer_bytes(weight) for weight in chosen)
+    if accumulate:
+        terms["gradients"] = sum(GRADIENT_BYTES * weight.numel for weight in chosen)
+    else:
+        terms["gradients"] = max((fused_gradient_bytes(weight) for weight in chosen), default=0)
+    terms["demoted"] = sum(plane_bytes(weight) for weight in resting)
+    terms["activations"] = table.saved_work(mask).at(worst)
+    terms["slack"] = slack_bytes(terms)
+    return terms

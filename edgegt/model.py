@@ -1,0 +1,159 @@
+"""A transformers model whose matrices are int8 from the start, built over the base store.
+
+The skeleton is made with its matrices on the meta device, so that no float matrix is ever allocated; then linears and
+embeddings are replaced by int8 ones that map the store, and norms, biases and learned positions are read as float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from edgegt.architecture import block_of, head_name, is_int8, is_linear, is_transposed, layers_of
+from edgegt.errors import InputError
+from edgegt.flops import FlopMeter, attach, register_attention
+from edgegt.quant import Backend, InputCache, Int8Embedding, Int8Linear, Int8Weight, dequantize
+from edgegt.source import Source, fingerprint
+from edgegt.store import BaseStore, Entry, base_store
+
+
+@dataclass
+class Int8Model:
+    """The model and handles to what can be trained: int8 linears (the head among them) and float vectors, by name."""
+
+    module: Any
+    linears: dict[str, Int8Linear]
+    vectors: dict[str, nn.Parameter]
+    head: str
+    tied: bool
+    meter: FlopMeter
+    source: Source
+    store: BaseStore
+    fingerprint: str
+    device: torch.device
+    inputs: InputCache
+    notes: list[str] = field(default_factory=list)
+    _entries: dict[str, Entry] = field(default_factory=dict)
+
+    def original(self, name: str) -> torch.Tensor:
+        """The float32 tensor [out, in] of the pretrained model, from disk; from int8 if the source is gone."""
+        entry = self._entries[name]
+        try:
+            tensor = self.source.tensor(entry.stored_as).to(torch.float32)
+            return (tensor.t().contiguous() if entry.transposed else tensor.clone()).to(self.device)
+        except (OSError, KeyError) as error:
+            line = f"the float weights of {name} could not be read ({error}): its master starts from int8"
+            if line not in self.notes:
+                self.notes.append(line)
+            return dequantize(self.linears[name].weight)
+
+
+def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device: torch.device) -> Int8Model:
+    """The model in int8 on `device`, quantised into the cache on first use.
+
+    Raises: InputError when the files lack a tensor that the architecture needs.
+    """
+    model = skeleton(copy.deepcopy(config))
+    head = head_name(model)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    embedding = _name_of(model, model.get_input_embeddings())
+    entries = list(_entries(model, source, head, tied))
+    identity = fingerprint(source, cache / "fingerprints.json")
+    store = base_store(source, identity, entries, cache)
+    meter, inputs = FlopMeter(), InputCache()
+    linears = _fill(model, store, entries, backend, inputs, meter, device)
+    if tied:
+        shared, bias = model.get_input_embeddings().weight, model.get_output_embeddings().bias
+        linears[head] = Int8Linear(shared, bias, name=head, backend=backend, inputs=inputs, meter=meter)
+        model.set_output_embeddings(linears[head])
+    vectors = {name: p for name, p in model.named_parameters() if p.ndim < 2}
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise InputError(f"'{left[0]}' was not filled: the architecture {type(model).__name__} is not supported yet")
+    model.to(device).eval().requires_grad_(False)
+    attach(model, meter)
+    by_name = {entry.name: entry for entry in entries}
+    if tied:
+        by_name[head] = by_name[embedding]
+    return Int8Model(model, linears, vectors, head, tied, meter, source, store, identity, device, inputs, [], by_name)
+
+
+def skeleton(config: Any) -> Any:
+    """The float architecture with its matrices on the meta device and small tensors in place."""
+    from transformers import AutoModelForCausalLM
+
+    attention = register_attention()
+    with _NoMatrices():
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        except ValueError:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+
+
+class _NoMatrices(TorchFunctionMode):
+    """Sends every new uninitialised matrix to the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            size = args[0] if args and not isinstance(args[0], int) else args
+            if len(size) >= 2:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is wanted)
+
+
+def _entries(model: Any, source: Source, head: str, tied: bool) -> Iterator[Entry]:
+    layers, blocks = layers_of(model)
+    prefix = getattr(model, "base_model_prefix", "")
+    for module_name, module in model.named_modules():
+        for short, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{short}"
+            if tied and name == head:
+                continue
+            spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+            stored_as = next((spelling for spelling in spellings if spelling in source.files), None)
+            if stored_as is None:
+                raise InputError(f"the model in '{source.directory}' lacks the tensor '{name}': fetch the model again")
+            block = block_of(name, layers, blocks, head)
+            int8 = is_int8(module, parameter)
+            yield Entry(name, stored_as, block, int8, int8 and is_transposed(module))
+
+
+def _fill(
+    model: Any, store: BaseStore, entries: list[Entry], backend: Backend, inputs: InputCache, meter: FlopMeter,
+    device: torch.device,
+) -> dict[str, Int8Linear]:  # fmt: skip
+    linears: dict[str, Int8Linear] = {}
+    for entry in entries:
+        if not entry.int8:
+            owner, _, short = entry.name.rpartition(".")
+            value = nn.Parameter(store.tensor(entry.name).clone().to(device), requires_grad=False)
+            setattr(model.get_submodule(owner), short, value)
+    for entry in entries:
+        if not entry.int8:
+            continue
+        owner = entry.name.rpartition(".")[0]
+        module = model.get_submodule(owner)
+        q, scale = (store.tensor(f"{entry.name}.{part}").to(device) for part in ("q", "scale"))
+        weight = Int8Weight(q, scale)
+        new: nn.Module
+        if is_linear(module):
+            new = Int8Linear(weight, module.bias, name=entry.name, backend=backend, inputs=inputs, meter=meter)
+            linears[entry.name] = new
+        else:
+            scaled_by = getattr(module, "embed_scale", None)
+            new = Int8Embedding(weight, embed_scale=None if scaled_by is None else float(scaled_by))
+        parent, _, short = owner.rpartition(".")
+        setattr(model.get_submodule(parent) if parent else model, short, new)
+    return linears

@@ -1,0 +1,141 @@
+"""AdamW for trained tensors, one tensor at a time, with 8-bit states, and the learning-rate schedule.
+
+States are keyed by tensor name, so that a tensor can leave and come back with its history, and each tensor counts its
+own steps. Tensors of 4096 elements or more keep both moments in 8 bits (bitsandbytes' blockwise kernel, arXiv
+2110.02861), in slices so that its float working copies stay small; where that kernel does not run, states are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edgegt.memory import SMALL_TENSOR
+
+_BLOCK = 256
+_SLICE = 1 << 16
+
+
+@dataclass
+class Moments:
+    """AdamW states of one tensor. 8-bit when `absmax1` is set, else float32."""
+
+    step: int
+    first: torch.Tensor
+    second: torch.Tensor
+    absmax1: torch.Tensor | None = None
+    absmax2: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The states as named tensors, for a file."""
+        named = {"step": torch.tensor(self.step), "first": self.first, "second": self.second}
+        if self.absmax1 is not None and self.absmax2 is not None:
+            named |= {"absmax1": self.absmax1, "absmax2": self.absmax2}
+        return named
+
+    @classmethod
+    def from_tensors(cls, named: dict[str, torch.Tensor]) -> Moments:
+        """The states that `tensors` gave."""
+        return cls(int(named["step"]), named["first"], named["second"], named.get("absmax1"), named.get("absmax2"))
+
+
+class AdamW:
+    """Decoupled-weight-decay Adam (arXiv 1711.05101) over named tensors."""
+
+    def __init__(self, eight_bit: bool, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        self.eight_bit = eight_bit
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.eps = 1e-8
+        self.states: dict[str, Moments] = {}
+        self._maps: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def update(self, name: str, parameter: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
+        """One step of the tensor `name`, in place."""
+        state = self.states.get(name) or self._fresh(name, parameter)
+        state.step += 1
+        if state.absmax1 is not None:
+            self._update_8bit(state, parameter.view(-1), gradient.contiguous().view(-1), lr)
+            return
+        beta1, beta2 = self.betas
+        state.first.lerp_(gradient, 1 - beta1)
+        state.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (state.second / (1 - beta2**state.step)).sqrt_().add_(self.eps)
+        parameter.mul_(1 - lr * self.weight_decay)
+        parameter.addcdiv_(state.first, denominator, value=-lr / (1 - beta1**state.step))
+
+    def _fresh(self, name: str, parameter: torch.Tensor) -> Moments:
+        if self.eight_bit and parameter.numel() >= SMALL_TENSOR:
+            blocks = -(-parameter.numel() // _BLOCK)
+            zeros = torch.zeros(parameter.numel(), dtype=torch.uint8, device=parameter.device)
+            scale = torch.zeros(blocks, device=parameter.device)
+            state = Moments(0, zeros, zeros.clone(), scale, scale.clone())
+        else:
+            state = Moments(0, torch.zeros_like(parameter), torch.zeros_like(parameter))
+        self.states[name] = state
+        return state
+
+    def _update_8bit(self, state: Moments, parameter: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
+        import bitsandbytes.functional as bnb
+
+        if self._maps is None:
+            maps = bnb.create_dynamic_map(signed=True), bnb.create_dynamic_map(signed=False)
+            self._maps = maps[0].to(parameter.device), maps[1].to(parameter.device)
+        assert state.absmax1 is not None and state.absmax2 is not None
+        size = parameter.numel() if parameter.is_cuda else _SLICE
+        for start in range(0, parameter.numel(), size):
+            part, blocks = slice(start, start + size), slice(start // _BLOCK, -(-(start + size) // _BLOCK))
+            bnb.optimizer_update_8bit_blockwise(
+                "adam", gradient[part], parameter[part], state.first[part], state.second[part],
+                self.betas[0], self.betas[1], 0.0, 0.0, self.eps, state.step, lr, self._maps[0], self._maps[1],
+                state.absmax1[blocks], state.absmax2[blocks], weight_decay=self.weight_decay,
+            )  # fmt: skip
+
+
+def eight_bit_works(device: torch.device) -> str | None:
+    """None when bitsandbytes' 8-bit AdamW runs here and agrees with the float one, else the reason."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(2 * SMALL_TENSOR, generator=generator)
+    gradients = [torch.randn(2 * SMALL_TENSOR, generator=generator) for _ in range(3)]
+    ends = []
+    for eight_bit in (True, False):
+        parameter, optimizer = start.clone().to(device), AdamW(eight_bit)
+        try:
+            for gradient in gradients:
+                optimizer.update("probe", parameter, gradient.to(device), 1e-2)
+        except Exception as error:  # any failure of a foreign kernel means the same: it cannot be used here
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+        ends.append((parameter.cpu() - start))
+    relative = float((ends[0] - ends[1]).norm() / ends[1].norm())
+    return None if relative < 0.1 else f"its update differs from the float one by {relative:.0%}"
+
+
+def schedule(kind: str, lr: float, step: int, steps: int, warmup: float) -> float:
+    """Learning rate of step 0..steps-1: linear warm-up, then linear or cosine decay to zero, or constant."""
+    rising = max(1, round(warmup * steps)) if warmup > 0 else 0
+    if step < rising:
+        return lr * (step + 1) / rising
+    left = 1 - (step - rising) / max(1, steps - rising)
+    factors: dict[str, float] = {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "constant": 1.0}
+    return lr * factors[kind]
+
+
+def clip(gradient: torch.Tensor, most: float) -> float:
+    """Scale the gradient in place to the norm `most` if it is larger; returns the norm before."""
+    norm = float(gradient.norm())
+    if norm > most:
+        gradient.mul_(most / (norm + 1e-6))
+    return norm
+
+
+def clip_together(gradients: list[Any], most: float) -> float:
+    """Scale gradients in place so that their joint norm is at most `most`; returns the norm before."""
+    norm = math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in gradients))
+    if norm > most:
+        for gradient in gradients:
+            gradient.mul_(most / (norm + 1e-6))
+    return norm

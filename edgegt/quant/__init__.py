@@ -1,0 +1,54 @@
+"""8-bit weights and the linear layer that computes and trains with them.
+
+Backends are exchangeable: each offers the same three operations (`Backend`), passes tests/test_quant_backends.py and is
+one class and one row here. Which one runs on a machine is measured, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from edgegt.quant import backend as _backend
+from edgegt.quant.backend import Backend, BackendCheck, Choice, ReferenceBackend
+from edgegt.quant.bnb_backend import BitsandbytesBackend
+from edgegt.quant.linear import InputCache, Int8Embedding, Int8Linear, Meter, Probe
+from edgegt.quant.torch_backend import TorchBackend
+from edgegt.quant.weight import Int8Weight, dequantize, quantize_rows, refresh_planes, split_planes
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendCheck",
+    "Choice",
+    "InputCache",
+    "Int8Embedding",
+    "Int8Linear",
+    "Int8Weight",
+    "Meter",
+    "Probe",
+    "ReferenceBackend",
+    "check_backends",
+    "choose_backend",
+    "dequantize",
+    "quantize_rows",
+    "refresh_planes",
+    "split_planes",
+]
+
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "torch": TorchBackend,
+    "bitsandbytes": BitsandbytesBackend,
+}
+
+
+def check_backends(device: torch.device | str) -> list[BackendCheck]:
+    """Run every backend's kernels, compare them with float products and time them (for `edgegt doctor`)."""
+    return _backend.check(BACKENDS, torch.device(device))
+
+
+def choose_backend(device: torch.device | str, cache_dir: Path) -> Choice:
+    """The fastest backend whose kernels agree here, measured once per machine and version (`backend.json`)."""
+    return _backend.choose(BACKENDS, torch.device(device), cache_dir)

@@ -1,0 +1,280 @@
+"""What an int8 backend offers, the float reference it is held against, and how a machine's backend is chosen.
+
+A backend is accepted only after its kernels have run on this machine and agreed with the reference: packages import on
+machines where their kernels fail. Those that agree are timed, and the fastest is kept in `<cache_dir>/backend.json`,
+keyed by processor, versions and threads. Where no int8 kernel works, or none is faster than float32, the reference is
+chosen and the user is told: weights stay int8 and are multiplied in float32, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from edgegt.quant.weight import absmax, row_chunks
+
+TOKEN_ELEMENTS = 2**20
+SMALLEST_TOKEN_SCALE = 2.0**-100
+AGREEMENT = 1e-3
+ROUNDING = 0.02
+CHECK_SHAPES = ((1, 5, 7), (33, 67, 129), (64, 256, 192))
+TIMED_SHAPE = (512, 512, 1024)
+TIMED_S = 0.08
+TIMED_RUNS = 8
+FASTER = 1.05
+FILE_NAME = "backend.json"
+FILE_FORMAT = 1
+
+
+class Backend(Protocol):
+    """int8 products with float scales: x ~ scale[:, None] * q."""
+
+    name: str
+
+    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns with columns [k]; scale = absmax / 127."""
+        ...
+
+    def product(self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor) -> Tensor:
+        """y = x W^T, float32 [n, out], from q [n, k], weight_q [out, k] and weight_scale [out]."""
+        ...
+
+    def product_back(self, q: Tensor, scale: Tensor, weight_q: Tensor) -> Tensor:
+        """dx = dy W, float32 [n, k], from q [n, out] and weight_q [out, k]; dy already holds the row scales."""
+        ...
+
+
+@dataclass(frozen=True)
+class BackendCheck:
+    """One backend on this machine. error: why it is not ok; gflops: quantising, y and dx together."""
+
+    name: str
+    ok: bool
+    error: str = ""
+    relative_error: float | None = None
+    gflops: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend in use; lines: what the user must know (a backend left out and why); note: the measured speeds."""
+
+    backend: Backend
+    lines: tuple[str, ...] = ()
+    note: str = ""
+
+
+def quantize_tokens(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Per-row absmax quantisation in torch, at most 4 MiB of float32 at a time. NaN and infinity end in the scale."""
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    for rows in row_chunks(x, elements=TOKEN_ELEMENTS):
+        part = x[rows].to(torch.float32)
+        if columns is not None:
+            part = part * columns
+        size = absmax(part).div_(127).clamp_min_(SMALLEST_TOKEN_SCALE)
+        scale[rows] = size
+        inverse = size.reciprocal_().unsqueeze(1)
+        q[rows] = (part * inverse if columns is None else part.mul_(inverse)).round_()
+    return q, scale
+
+
+def scale_product(product: Tensor, scale: Tensor, weight_scale: Tensor | None = None) -> Tensor:
+    """scale[:, None] * product * weight_scale as float32, in the memory of the int32 product."""
+    result = product.view(torch.float32).copy_(product).mul_(scale.unsqueeze(1))
+    return result if weight_scale is None else result.mul_(weight_scale)
+
+
+class ReferenceBackend:
+    """The same operations with float32 products of the integers: slow where int8 kernels exist, right everywhere."""
+
+    name = "reference"
+
+    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As Backend."""
+        return quantize_tokens(x, columns)
+
+    def product(self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor) -> Tensor:
+        """As Backend."""
+        x = q.to(torch.float32).mul_(scale.unsqueeze(1))
+        y = torch.empty(q.shape[0], weight_q.shape[0], dtype=torch.float32, device=q.device)
+        for rows in row_chunks(weight_q, elements=TOKEN_ELEMENTS):
+            torch.mm(x, weight_q[rows].to(torch.float32).t(), out=y[:, rows])
+        return y.mul_(weight_scale)
+
+    def product_back(self, q: Tensor, scale: Tensor, weight_q: Tensor) -> Tensor:
+        """As Backend."""
+        dx = torch.zeros(q.shape[0], weight_q.shape[1], dtype=torch.float32, device=q.device)
+        for rows in row_chunks(weight_q, elements=TOKEN_ELEMENTS):
+            dx.addmm_(q[:, rows].to(torch.float32), weight_q[rows].to(torch.float32))
+        return dx.mul_(scale.unsqueeze(1))
+
+
+def check(backends: Mapping[str, Callable[[], Backend]], device: torch.device) -> list[BackendCheck]:
+    """Run, compare and time every backend on this device; a failure of any kind is a result, never an exception."""
+    return [_check_one(name, make, device) for name, make in backends.items()]
+
+
+def choose(backends: Mapping[str, Callable[[], Backend]], device: torch.device, cache_dir: Path) -> Choice:
+    """The stored choice for this machine and these versions, or a new one, which is stored."""
+    path, key = cache_dir / FILE_NAME, machine_key(device)
+    stored, lines = _read(path)
+    known = {**backends, ReferenceBackend.name: ReferenceBackend}
+    entry = stored.get(key)
+    if isinstance(entry, dict) and entry.get("backend") in known:
+        try:
+            chosen = known[entry["backend"]]()
+            return Choice(chosen, tuple(str(line) for line in entry["lines"]), str(entry["note"]))
+        except Exception as error:  # a package broken since: measure again
+            lines.append(f"int8 backend '{entry['backend']}' of {path} no longer loads ({_reason(error)}): chosen anew")
+    choice = _choose_now(known, check(known, device))
+    entry = {"backend": choice.backend.name, "lines": list(choice.lines), "note": choice.note}
+    lines += _write(path, {**stored, key: entry})
+    return Choice(choice.backend, (*lines, *choice.lines), choice.note)
+
+
+def machine_key(device: torch.device) -> str:
+    """What a choice depends on: device, its name, versions of torch and bitsandbytes, threads."""
+    try:
+        bitsandbytes = metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        bitsandbytes = "absent"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    parts = (device.type, name, f"torch {torch.__version__}", f"bitsandbytes {bitsandbytes}")
+    return " | ".join((*parts, f"{torch.get_num_threads()} threads"))
+
+
+def _choose_now(known: Mapping[str, Callable[[], Backend]], checks: list[BackendCheck]) -> Choice:
+    """The fastest that agrees; an earlier row keeps its place unless a later one is 5 % faster."""
+    best = next((item for item in checks if item.ok), checks[-1])
+    for item in checks:
+        if item.ok and (item.gflops or 0) > FASTER * (best.gflops or 0):
+            best = item
+    lines = [f"int8 backend '{item.name}' left out: {item.error}" for item in checks if not item.ok]
+    if best.name == ReferenceBackend.name:
+        lines.append("no int8 kernel beats float32 on this machine: weights stay int8, products run in float32")
+    speeds = ", ".join(f"{item.name} {item.gflops:.0f} GFLOP/s" for item in checks if item.gflops)
+    return Choice(known[best.name](), tuple(lines), speeds)
+
+
+def _check_one(name: str, make: Callable[[], Backend], device: torch.device) -> BackendCheck:
+    try:
+        backend = make()
+        error = max(_disagreement(backend, device, shape) for shape in CHECK_SHAPES)
+        if not error < AGREEMENT:
+            return BackendCheck(name, False, f"its products are off by {error:.1e} (allowed {AGREEMENT:.0e})", error)
+        gflops = _gflops(backend, device)
+    except Exception as problem:  # whatever a native package raises makes it unavailable, with the reason
+        return BackendCheck(name, False, _reason(problem))
+    return BackendCheck(name, True, "", error, gflops, f"y and dx agree on {len(CHECK_SHAPES)} shapes")
+
+
+def _operands(device: torch.device, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [n, k], dy [n, out], int8 weight [out, k] and its scales: the same each time, torch's generator untouched."""
+    tokens, inner, out = shape
+    generator = torch.Generator().manual_seed(tokens + inner + out)
+    x = torch.randn(tokens, inner, generator=generator)
+    dy = torch.randn(tokens, out, generator=generator)
+    weight = torch.randint(-127, 128, (out, inner), generator=generator, dtype=torch.int8)
+    scale = torch.rand(out, generator=generator) + 0.5
+    return x.to(device), dy.to(device), weight.to(device), scale.to(device)
+
+
+def _disagreement(backend: Backend, device: torch.device, shape: tuple[int, int, int]) -> float:
+    """The largest relative error of y and dx against float64 products of the dequantised operands.
+
+    Raises: ArithmeticError when the quantised tokens are not the tokens.
+    """
+    x, dy, weight, weight_scale = _operands(device, shape)
+    whole = weight.cpu().double()
+    errors = []
+    for tokens, columns in ((x, None), (dy, weight_scale)):
+        q, scale = backend.quantize_tokens(tokens, columns)
+        meant = (tokens if columns is None else tokens * columns).cpu().double()
+        read = q.cpu().double() * scale.cpu().double().unsqueeze(1)
+        if not _relative(read, meant) < ROUNDING:
+            raise ArithmeticError(f"its quantised tokens are off by {_relative(read, meant):.1e} (allowed {ROUNDING})")
+        if columns is None:
+            y = backend.product(q, scale, weight, weight_scale)
+            errors.append(_relative(y.cpu().double(), read @ whole.t() * weight_scale.cpu().double()))
+        else:
+            dx = backend.product_back(q, scale, weight)
+            errors.append(_relative(dx.cpu().double(), read @ whole))
+    return max(errors)
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    return float((value - reference).norm() / reference.norm())
+
+
+def _gflops(backend: Backend, device: torch.device) -> float:
+    """The best of a few runs of y and dx with their quantisation, in 1e9 FLOP/s; at most about 0.1 s."""
+    x, dy, weight, scale = _operands(device, TIMED_SHAPE)
+    best, end = float("inf"), 0.0
+    for run in range(TIMED_RUNS + 1):
+        start = time.perf_counter()
+        y = backend.product(*backend.quantize_tokens(x), weight, scale)
+        dx = backend.product_back(*backend.quantize_tokens(dy, scale), weight)
+        float(y[0, 0] + dx[0, 0])  # waits for an asynchronous device
+        now = time.perf_counter()
+        if run == 0:  # the first run warms up
+            end = now + TIMED_S
+            continue
+        best = min(best, now - start)
+        if now > end:
+            break
+    tokens, inner, out = TIMED_SHAPE
+    return 4 * tokens * inner * out / best / 1e9
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The stored choices, and a line when the file cannot be used."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] == FILE_FORMAT:
+            return dict(content["choices"]), []
+        return {}, []
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return {}, [f"{path} cannot be read ({_reason(error)}): the int8 backend is chosen anew"]
+
+
+def _write(path: Path, choices: dict[str, Any]) -> list[str]:
+    """Replace the file at once; a line when it cannot be written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"format": FILE_FORMAT, "choices": choices}, indent=1), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        return [f"{path} cannot be written ({_reason(error)}): the int8 backend will be chosen again next time"]
+    return []
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an exception, with its type."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+def _cpu_name() -> str:
+    """The processor's name, for the key only."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,57 @@
+"""int8 products by plain torch (`torch._int_mm`): the backend that is always there.
+
+On CPU the product is exact for every shape and 3 to 5 times as fast as float32 where the processor has int8 dot
+products (AVX512-VNNI). On CUDA it needs more than 16 rows and multiples of 8 elsewhere: operands are padded with zeros,
+which change no sum, and the result is cropped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from edgegt.quant.backend import quantize_tokens, scale_product
+
+CUDA_ROWS = 32
+CUDA_MULTIPLE = 8
+
+
+class TorchBackend:
+    """`torch._int_mm` with the scales applied in place."""
+
+    name = "torch"
+
+    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns."""
+        return quantize_tokens(x, columns)
+
+    def product(self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor) -> Tensor:
+        """y = x W^T, float32 [n, out], from q [n, k] and weight_q [out, k]."""
+        return scale_product(int_mm(q, weight_q.t()), scale, weight_scale)
+
+    def product_back(self, q: Tensor, scale: Tensor, weight_q: Tensor) -> Tensor:
+        """dx = dy W, float32 [n, k], from q [n, out] and weight_q [out, k]."""
+        return scale_product(int_mm(q, weight_q), scale)
+
+
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """The int32 product of two int8 matrices, padded where the device asks for it."""
+    if 0 in (*a.shape, *b.shape):
+        return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
+    return padded_int_mm(a, b) if a.device.type == "cuda" else torch._int_mm(a, b)
+
+
+def padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """`torch._int_mm` of zero-padded operands, cropped: at least 32 rows, other sizes multiples of 8."""
+    rows, inner, columns = a.shape[0], a.shape[1], b.shape[1]
+    more_rows = max(0, CUDA_ROWS - rows)
+    more_inner = -inner % CUDA_MULTIPLE
+    more_columns = -columns % CUDA_MULTIPLE
+    if more_rows or more_inner:
+        a = pad(a, (0, more_inner, 0, more_rows))
+    if more_inner or more_columns:
+        # Padding the transposed view's base keeps its memory order, which cuBLAS prefers for x W^T.
+        b = pad(b.t(), (0, more_inner, 0, more_columns)).t()
+    product = torch._int_mm(a, b)
+    return product[:rows, :columns].contiguous() if more_rows or more_columns else product

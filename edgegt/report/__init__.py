@@ -1,0 +1,48 @@
+"""The report pulls: it reads a finished or interrupted run folder and pushes nothing into the run.
+
+    facts    the run folder as frozen values, and report.json (the stable contract)
+    charts   those values as inline SVG
+    page     numbers as text, and the one self-contained page
+
+matplotlib and jinja2 are imported only when a page is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from edgegt.errors import EdgegtError
+from edgegt.report.facts import build_report, read_facts
+
+__all__ = ["write_report"]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.json and report.html into a run folder, each whole or not at all, and return the page's path.
+
+    Raises: InputError when `run_dir` is no run folder; EdgegtError when it cannot be written.
+    """
+    facts = read_facts(Path(run_dir))
+    report = build_report(facts)
+    from edgegt.report.page import render
+
+    _write_whole(facts.folder / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    page = facts.folder / "report.html"
+    _write_whole(page, render(facts, report))
+    return page
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace `path` in one step, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise EdgegtError(f"cannot write '{path}': {error.strerror}; free space or make the folder writable") from error

@@ -1,0 +1,228 @@
+"""What a run folder says, as frozen values, and report.json made of them: the contract that other programs read.
+
+A run may have been interrupted anywhere, so every file but run.json may be missing, and so may keys in it. What the
+run did not sum up itself (`measured`) is read from the last lines of metrics.jsonl; what nobody knows stays None.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgegt.errors import InputError
+
+CO2_KG_PER_KWH = 0.48
+CO2_SOURCE = "world average electricity 2023, Ember"
+JOULES_PER_WH = 3600
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run folder: its JSON files as they are, metrics and plans in order, no example if the user wanted none."""
+
+    folder: Path
+    options: Tree
+    run: Tree
+    plans: tuple[Tree, ...]
+    metrics: tuple[Tree, ...]
+    before: Tree | None
+    after: Tree | None
+    examples: tuple[Tree, ...]
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.run.get("finished")) and self.after is not None
+
+    @property
+    def last_step(self) -> int:
+        return int(self.metrics[-1].get("step", len(self.metrics))) if self.metrics else 0
+
+    def part(self, name: str) -> Tree:
+        """A section of run.json, empty when the run did not get that far."""
+        value = self.run.get(name)
+        return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Energy of training at a constant power, and of full fine-tuning at the same FLOPs per second."""
+
+    watts: float
+    train_s: float
+    full_s: float | None
+
+    @property
+    def wh(self) -> float:
+        return self.watts * self.train_s / JOULES_PER_WH
+
+    @property
+    def full_wh(self) -> float | None:
+        return None if self.full_s is None else self.watts * self.full_s / JOULES_PER_WH
+
+
+def number(tree: Mapping[str, Any], key: str) -> float | None:
+    """The finite number under `key`, or None."""
+    value = tree.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
+
+
+def read_facts(folder: Path) -> RunFacts:
+    """Read a run folder. Raises: InputError when it is none, or when a file in it is not JSON."""
+    if not folder.is_dir():
+        raise InputError(f"run folder '{folder}' does not exist: give the folder that `edgegt run --output` wrote")
+    if not (folder / "run.json").is_file():
+        raise InputError(f"'{folder}' is not a run folder, it has no run.json: give the one `edgegt run --output` wrote")
+    options = _read_tree(folder / "options.json")
+    evaluation = _read_tree(folder / "eval.json")
+    plans = [_read_tree(path) for path in folder.glob("plan-*.json")]
+    shown = evaluation.get("examples") if options.get("examples") is not False else None
+    return RunFacts(
+        folder=folder,
+        options=options,
+        run=_read_tree(folder / "run.json"),
+        plans=tuple(sorted(plans, key=lambda plan: int(plan.get("round", 0)))),
+        metrics=tuple(_read_lines(folder / "metrics.jsonl")),
+        before=evaluation.get("before") or None,
+        after=evaluation.get("after") or None,
+        examples=tuple(shown or ()),
+    )
+
+
+def _read_tree(path: Path) -> Tree:
+    """A JSON object, empty when the file is missing."""
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' is not JSON ({error}): restore it, or run again with --output elsewhere") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"'{path}' holds a {type(tree).__name__}, not an object: restore it, or run again")
+    return tree
+
+
+def _read_lines(path: Path) -> Iterator[Tree]:
+    """The whole lines of a jsonl; a line that a killed run left half written is not one."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            tree = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(tree, dict):
+            yield tree
+
+
+def measured(facts: RunFacts) -> Tree:
+    """What the run used; where it was stopped before it could say so, what metrics.jsonl shows so far."""
+    found = {key: value for key, value in facts.part("measured").items() if value is not None}
+    for key, value in _measured_so_far(facts).items():
+        found.setdefault(key, value)
+    flops, full = number(found, "flops"), facts.run.get("full_flops")
+    if "flops_ratio" not in found and flops is not None and full:
+        found["flops_ratio"] = flops / full
+    return found
+
+
+def _measured_so_far(facts: RunFacts) -> Tree:
+    if not facts.metrics:
+        return {}
+    last = facts.metrics[-1]
+    elapsed = number(last, "elapsed_s")
+    peaks = [peak for line in facts.metrics if (peak := number(line, "peak_bytes")) is not None]
+    rates = [rate for line in facts.metrics if (rate := number(line, "tokens_per_s")) is not None]
+    found = {
+        "flops": number(last, "flops"),
+        "peak_bytes": max(peaks, default=None),
+        "tokens_per_s": sum(rates) / len(rates) if rates else None,
+        "train_s": elapsed,
+        "elapsed_s": elapsed,
+        "step_s": elapsed / facts.last_step if elapsed is not None and facts.last_step else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def energy(facts: RunFacts) -> Energy | None:
+    """Energy of the training so far, or None where power or time is unknown.
+
+    Full fine-tuning is estimated at the rate (FLOPs per second) that this run reached; only a whole run has it.
+    """
+    used = measured(facts)
+    watts, train_s, flops = number(facts.part("power"), "watts"), number(used, "train_s"), number(used, "flops")
+    if watts is None or train_s is None:
+        return None
+    full = number(facts.run, "full_flops")
+    full_s = train_s * full / flops if full and flops and facts.finished else None
+    return Energy(watts, train_s, full_s)
+
+
+def build_report(facts: RunFacts) -> Tree:
+    """report.json as a tree: every key of the contract, None (or an empty list) where the run did not get that far."""
+    budget, predicted, used = facts.part("budget"), facts.part("predicted"), measured(facts)
+    predicted_keys = ("flops_ratio", "peak_bytes", "step_s", "flops", "device_step_s", "floor_bytes")
+    measured_keys = ("flops_ratio", "peak_bytes", "step_s", "tokens_per_s", "flops", "floor_bytes", "train_s")
+    report = {
+        "device": facts.part("device"),
+        "model": facts.part("model"),
+        "budget": {key: budget.get(key) for key in ("rho", "flops", "memory_bytes")},
+        "predicted": {key: predicted.get(key) for key in predicted_keys},
+        "measured": {key: used.get(key) for key in (*measured_keys, "elapsed_s", "probe_flops")},
+        "eval": {"before": facts.before, "after": facts.after},
+        "rounds": [_round(plan) for plan in facts.plans],
+        "fallbacks": list(facts.run.get("fallbacks") or ()),
+        "version": str(facts.run.get("version", "unknown")),
+        "finished": facts.finished,
+        "steps": facts.last_step,
+        "strategy": facts.run.get("strategy"),
+        "backend": facts.run.get("backend"),
+        "full_flops": facts.run.get("full_flops"),
+        "memory_terms": facts.part("memory_terms"),
+        "data": {key: value for key, value in facts.part("data").items() if key != "examples"},
+        **_energy_keys(facts),
+    }
+    finite: Tree = _finite(report)
+    return finite
+
+
+def _round(plan: Tree) -> Tree:
+    """One round as the contract has it, and how long and how large it was."""
+    kept = ("round", "first_step", "steps", "accumulation", "predicted", "optimality_gap")
+    return {
+        "selected": list(plan.get("selected") or ()),
+        "recompute": list(plan.get("recompute") or ()),
+        "micro_batch": plan.get("micro_batch"),
+        **{key: plan.get(key) for key in kept},
+    }
+
+
+def _energy_keys(facts: RunFacts) -> Tree:
+    spent, power = energy(facts), facts.part("power")
+    wh = spent.wh if spent else None
+    full_wh = spent.full_wh if spent else None
+    return {
+        "energy": {"watts": power.get("watts"), "source": power.get("source"), "wh": wh, "full_wh": full_wh},
+        "co2": {
+            "kg_per_kwh": CO2_KG_PER_KWH,
+            "source": CO2_SOURCE,
+            "g": None if wh is None else wh * CO2_KG_PER_KWH,
+            "full_g": None if full_wh is None else full_wh * CO2_KG_PER_KWH,
+        },
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same tree with None for every number that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

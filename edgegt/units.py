@@ -1,0 +1,50 @@
+"""Quantities as text and back: bytes, durations, FLOPs. Bytes are ints; GiB = 2**30."""
+
+from __future__ import annotations
+
+import re
+
+from edgegt.errors import InputError
+
+_BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+MIB = 2**20
+GIB = 2**30
+
+
+def parse_bytes(text: str, what: str = "memory") -> int:
+    """Bytes in a quantity such as '4GiB', '900 MiB' or '2.5GB'.
+
+    Raises: InputError when the text is not a positive number followed by a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if match is None or match[2].upper() not in _BYTE_UNITS or float(match[1]) <= 0:
+        raise InputError(f"{what} '{text}' is not a size: write a positive number and a unit, such as 4GiB or 900MiB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2].upper()])
+
+
+def format_bytes(count: float) -> str:
+    """'1.31 GiB', '37.0 MiB', '512 B'."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}" if unit == "GiB" else f"{count / size:.1f} {unit}"
+    return f"{int(count)} B"
+
+
+def format_flops(flops: float) -> str:
+    """'41.8 PFLOP', '3.20 TFLOP', with three significant digits."""
+    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if abs(flops) >= size:
+            return f"{flops / size:.3g} {unit}"
+    return f"{flops:.0f} FLOP"
+
+
+def format_duration(seconds: float) -> str:
+    """'4 s', '3 min 20 s', '2 h 05 min'."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
