@@ -8,6 +8,8 @@ and two for each of them backward, whichever kernel runs.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -25,10 +27,21 @@ class FlopMeter:
 
     def __init__(self) -> None:
         self.by_kind: Counter[str] = Counter()
+        self._counting = True
 
     def add(self, kind: str, flops: int) -> None:
         """Count `flops` that have just been executed."""
-        self.by_kind[kind] += flops
+        if self._counting:
+            self.by_kind[kind] += flops
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Count nothing for a while: evaluation is not training."""
+        self._counting = False
+        try:
+            yield
+        finally:
+            self._counting = True
 
     @property
     def total(self) -> int:

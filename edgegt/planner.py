@@ -81,28 +81,6 @@ class Smallest:
     flops_weight: str
 
 
-@dataclass(frozen=True)
-class _Totals:
-    """Sums over all batches, so that a quantity's total costs four products however many batches there are."""
-
-    rows: int
-    tokens: int
-    pairs: int
-    kept: int
-
-    @classmethod
-    def of(cls, shapes: tuple[BatchShape, ...]) -> _Totals:
-        return cls(
-            sum(shape.rows for shape in shapes),
-            sum(shape.rows * shape.tokens for shape in shapes),
-            sum(shape.rows * shape.tokens**2 for shape in shapes),
-            sum(shape.rows * shape.kept for shape in shapes),
-        )
-
-    def total(self, work: Work) -> int:
-        return work.row * self.rows + work.token * self.tokens + work.pair * self.pairs + work.kept * self.kept
-
-
 def plan(problem: Problem, strategy: str = "greentrainer", seed: int = 0) -> Plan:
     """The most valuable choice within both budgets; a smaller micro-batch only where it is worth 2 % or more.
 
@@ -134,6 +112,15 @@ def _micro_batches(batch_size: int) -> list[int]:
     return sizes
 
 
+def _totaller(shapes: tuple[BatchShape, ...]) -> Callable[[Work], int]:
+    """A function that sums a quantity over all batches, with four products however many batches there are."""
+    rows = sum(shape.rows for shape in shapes)
+    tokens = sum(shape.rows * shape.tokens for shape in shapes)
+    pairs = sum(shape.rows * shape.tokens**2 for shape in shapes)
+    kept = sum(shape.rows * shape.kept for shape in shapes)
+    return lambda work: work.row * rows + work.token * tokens + work.pair * pairs + work.kept * kept
+
+
 def _case(problem: Problem, micro_batch: int) -> Case:
     """The integer case of one micro-batch, with every weight of positive importance as a candidate."""
     if not problem.shapes:
@@ -143,13 +130,13 @@ def _case(problem: Problem, micro_batch: int) -> Case:
     candidates = tuple(bit for bit, value in enumerate(values) if value > 0 and math.isfinite(value))
     if not candidates:
         raise InputError("no weight has an importance above 0, so none is worth training: check the data and --lr")
-    totals, worst = _Totals.of(problem.shapes), worst_shape(problem.shapes, micro_batch)
+    total, worst = _totaller(problem.shapes), worst_shape(problem.shapes, micro_batch)
     demoted = set(problem.around.demoted)
     resting = {weight.name: plane_bytes(weight) for weight in table.weights if weight.name in demoted}
-    flops = [totals.total(weight.dw) for weight in table.weights]
+    flops = [total(weight.dw) for weight in table.weights]
     memory = [state_bytes(weight, accumulate) - resting.get(weight.name, 0) for weight in table.weights]
     paths: dict[int, tuple[int, int]] = {}
-    shared = [(path.weights, totals.total(path.flops), path.saved_bytes.at(worst)) for path in table.paths]
+    shared = [(path.weights, total(path.flops), path.saved_bytes.at(worst)) for path in table.paths]
     allowed = sum(1 << bit for bit in candidates)
     for mask, path_flops, path_bytes in shared + ([] if accumulate else _gradient_steps(table, allowed)):
         mask &= allowed
@@ -167,7 +154,7 @@ def _case(problem: Problem, micro_batch: int) -> Case:
         flops=tuple(flops),
         bytes=tuple(memory),
         paths=tuple((mask, *cost) for mask, cost in paths.items()),
-        flops_left=problem.flops - totals.total(table.forward),
+        flops_left=problem.flops - total(table.forward),
         bytes_left=_without_slack(room) - sum(fixed.values()) - sum(resting.values()),
     )
 

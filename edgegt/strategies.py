@@ -114,8 +114,8 @@ def joint(case: Case, seed: int = 0) -> Choice:
     if not case.fits(mask):
         mask = _drop(case, mask)
         notes.append("the solver's rounding exceeded a budget: the least valuable weights for their cost were dropped")
-    by_value = sorted(case.candidates, key=lambda bit: -case.values[bit])
-    mask = max(_fill(case, mask, by_value), _fill(case, 0, by_value) if not mask else mask, key=case.value)
+    alone = {bit: _share(case, *cost) for bit, cost in case.alone().items()}
+    mask = _fill(case, mask, sorted(alone, key=lambda bit: alone[bit] / case.values[bit]))
     value = case.value(mask)
     bound = max(value, bound)
     if bound - value > 2 * RELATIVE_GAP * bound:
@@ -158,16 +158,16 @@ def _fill(case: Case, mask: int, order: Iterable[int]) -> int:
     return mask
 
 
+def _share(case: Case, flops: int, memory: int) -> float:
+    """A cost as the sum of its shares of both budgets."""
+    return flops / max(case.flops_left, 1) + memory / max(case.bytes_left, 1)
+
+
 def _drop(case: Case, mask: int) -> int:
     """Drop weights, the least valuable per share of the budgets freed first, until both budgets hold."""
-
-    def share(chosen: int) -> float:
-        flops, memory = case.cost(chosen)
-        return flops / case.flops_left + memory / case.bytes_left
-
     while not case.fits(mask):
-        whole = share(mask)
-        freed = {bit: max(whole - share(mask ^ 1 << bit), 1e-12) for bit in bits(mask)}
+        whole = _share(case, *case.cost(mask))
+        freed = {bit: max(whole - _share(case, *case.cost(mask ^ 1 << bit)), 1e-12) for bit in bits(mask)}
         mask ^= 1 << min(freed, key=lambda bit: case.values[bit] / freed[bit])
     return mask
 

@@ -159,10 +159,11 @@ def test_two_planes_hold_sixteen_bits_and_chunks_do_not_matter(device: torch.dev
 
 
 def test_the_second_plane_keeps_a_tiny_update_that_int8_loses() -> None:
-    w = dequantize(quantize_rows(0.02 * torch.randn(256, 512)))
+    base = quantize_rows(0.02 * torch.randn(256, 512))
+    w, scale = dequantize(base), base.scale.float()[:, None]
     update = 1e-4 * torch.randn(256, 512)
     weight = split_planes(w)
-    low, scale = weight.low, weight.scale.float()[:, None]
+    low = weight.low
     before = dequantize(weight)
     refresh_planes(weight, w + update, chunk_rows=100)
     assert weight.low is low, "the planes are rewritten in place"

@@ -7,8 +7,8 @@
 A frozen weight keeps no activation for backward, where bitsandbytes' Linear8bitLt keeps its input; a trained one keeps
 its input in int8: one byte per element and 4 per token. A trained weight acts in 16 bits (two int8 planes, see
 `weight`), because on the int8 grid small updates vanish: y costs a second int8 product, metered as 'low_plane'.
-dx uses the high plane alone, as for a frozen weight, which leaves out 0.8 % of a Gaussian row (42 dB), no more than the
-quantisation of dy does. With Gaussian operands: y and dw 37 dB or better, dx 35 dB.
+dx uses the high plane alone, which leaves out 0.8 % of a Gaussian row (42 dB), no more than quantising dy does.
+Measured on Gaussian operands against float32: y and dw 42 dB, dx 41 dB (frozen) and 39 dB (trained).
 """
 
 from __future__ import annotations

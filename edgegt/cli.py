@@ -1,0 +1,285 @@
+"""The command line: `edgegt run`, `plan`, `devices`, `report`, `eval`, `generate`, `doctor`, `cache`.
+
+Options of run and plan come from the table in `options`; torch is imported only by commands that compute. Results go
+to standard output, progress and errors to standard error. Exit codes: 0 done, 1 the run failed, 2 input refused or
+budget infeasible, 130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edgegt.errors import EdgegtError, InputError, nearest
+from edgegt.log import Log
+from edgegt.options import RunOptions, flag, merge_options, option_type, read_options
+from edgegt.version import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            word = unknown.split()[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"unknown option '{word}'{nearest(word, known)}"
+        raise InputError(f"{message}; `{self.prog} --help` lists what is allowed")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    _quiet_libraries()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parsed = _parse(words)
+        return int(parsed.handler(parsed) or 0)
+    except EdgegtError as error:
+        print(f"edgegt: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("edgegt: stopped; nothing had been trained yet", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (MemoryError, OSError) as error:
+        print(f"edgegt: {_system_problem(error)}", file=sys.stderr)
+        return 1
+
+
+def _system_problem(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory: lower --memory or --batch-size"
+    where = f" ({error.filename})" if getattr(error, "filename", None) else ""
+    return f"{getattr(error, 'strerror', None) or error}{where}: check the disk and the permissions, and run again"
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="edgegt", description="Fine-tune a language model on the device that uses it.")
+    parser.add_argument("--version", action="version", version=f"edgegt {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, add in _COMMANDS.items():
+        add(commands, name)
+    if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
+        raise InputError(f"unknown command '{words[0]}'{nearest(words[0], _COMMANDS)}; commands: {', '.join(_COMMANDS)}")
+    if not words:
+        parser.print_help()
+        raise SystemExit(0)
+    parsed, left = parser.parse_known_args(words)
+    if left:
+        commands.choices[parsed.command].error(f"unrecognized arguments: {' '.join(left)}")
+    return parsed
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    for item in dataclasses.fields(RunOptions):
+        wanted, help_text = option_type(item), str(item.metadata["help"])
+        default = f" (default: {item.default})" if item.default is not None and wanted is not bool else ""
+        if wanted is bool:
+            parser.add_argument(
+                flag(item.name), dest=item.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                help=help_text,
+            )  # fmt: skip
+            continue
+        choices = item.metadata.get("choices")
+        parser.add_argument(
+            flag(item.name), dest=item.name, type=wanted, default=argparse.SUPPRESS,
+            metavar="{" + ",".join(choices) + "}" if choices else wanted.__name__.upper(), help=help_text + default,
+        )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of these options; the command line wins")
+    parser.add_argument("--quiet", action="store_true", help="say nothing on standard error but errors")
+
+
+def _options(parsed: argparse.Namespace) -> RunOptions:
+    names = {item.name for item in dataclasses.fields(RunOptions)}
+    given = {name: value for name, value in vars(parsed).items() if name in names}
+    return merge_options(read_options(Path(parsed.config)) if parsed.config else {}, given)
+
+
+def _print_json(tree: Any) -> None:
+    print(json.dumps(tree, indent=1))
+
+
+def _add_run(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="personalise a model under the device's budgets", prog="edgegt run")
+    _add_options(parser)
+    parser.set_defaults(handler=_run)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    options = _options(parsed)
+    from edgegt.run import run
+
+    path = run(options, Log(parsed.quiet), "edgegt " + " ".join(sys.argv[1:]))
+    print(path)
+    return 0
+
+
+def _add_plan(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="what would be trained and what it would cost", prog="edgegt plan")
+    _add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
+    parser.set_defaults(handler=_plan)
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    options = _options(parsed)
+    from edgegt.outlook import look_ahead, outlook_text
+
+    outlook = look_ahead(options, Log(parsed.quiet or parsed.json))
+    if parsed.json:
+        _print_json(outlook)
+    else:
+        print(outlook_text(outlook))
+    return 0 if outlook["fits"] else 2
+
+
+def _add_devices(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="list device profiles, or explain one", prog="edgegt devices")
+    parser.add_argument("action", nargs="?", choices=("list", "show"), default="list")
+    parser.add_argument("name", nargs="?", help="profile to show")
+    parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
+    parser.set_defaults(handler=_devices)
+
+
+def _devices(parsed: argparse.Namespace) -> int:
+    from edgegt import device
+    from edgegt.host import read_host
+
+    if parsed.action == "show":
+        if not parsed.name:
+            raise InputError("`edgegt devices show` needs a name: `edgegt devices` lists them")
+        resolved = device.resolve_device(parsed.name, read_host())
+        if parsed.json:
+            _print_json(resolved.profile.to_json())
+        else:
+            print(device.explain(resolved.profile))
+    elif parsed.json:
+        _print_json(device.devices_json())
+    else:
+        print("\n".join(device.list_lines()))
+    return 0
+
+
+def _add_report(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="draw the report of a run folder again", prog="edgegt report")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--quiet", action="store_true", help="print nothing")
+    parser.set_defaults(handler=_report)
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from edgegt.report import write_report
+
+    path = write_report(Path(parsed.run))
+    if not parsed.quiet:
+        print(path)
+    return 0
+
+
+def _add_subject(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", help="run folder")
+    parser.add_argument("--model", help="model directory or hub id, instead of a run folder")
+    parser.add_argument("--patch", help="patch.safetensors to put into --model")
+
+
+def _add_eval(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="held-out loss of a run or of a model with a patch", prog="edgegt eval")
+    _add_subject(parser)
+    parser.add_argument("--data", help="file to evaluate on (default: the run's held-out rows)")
+    parser.add_argument("--columns", help="which fields to read, such as prompt=mr,completion=ref")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row at most (default: 512)")
+    parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
+    parser.set_defaults(handler=_eval)
+
+
+def _eval(parsed: argparse.Namespace) -> int:
+    from edgegt.use import evaluate_subject
+
+    numbers = evaluate_subject(parsed.run, parsed.model, parsed.patch, parsed.data, parsed.columns, parsed.max_length)
+    if parsed.json:
+        _print_json(numbers)
+    else:
+        print("\n".join(f"{key:<20} {value:.4f}" if isinstance(value, float) else f"{key:<20} {value}"
+                        for key, value in numbers.items()))  # fmt: skip
+    return 0
+
+
+def _add_generate(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="answer a prompt with a run or a model with a patch", prog="edgegt generate")
+    parser.add_argument("words", nargs="*", metavar="[RUN] PROMPT", help="run folder (unless --model) and the prompt")
+    parser.add_argument("--model", help="model directory or hub id, instead of a run folder")
+    parser.add_argument("--patch", help="patch.safetensors to put into --model")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens at most (default: 64)")
+    parser.set_defaults(handler=_generate)
+
+
+def _generate(parsed: argparse.Namespace) -> int:
+    wanted = 1 if parsed.model else 2
+    if len(parsed.words) != wanted:
+        shape = "PROMPT with --model" if parsed.model else "RUN PROMPT"
+        raise InputError(f"`edgegt generate` takes {shape}, and got {len(parsed.words)} words: quote the prompt")
+    from edgegt.use import generate_text
+
+    run_folder = None if parsed.model else parsed.words[0]
+    print(generate_text(run_folder, parsed.model, parsed.patch, parsed.words[-1], parsed.tokens))
+    return 0
+
+
+def _add_doctor(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="what works on this machine", prog="edgegt doctor")
+    parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
+    parser.set_defaults(handler=_doctor)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from edgegt.doctor import examine, findings_text
+
+    findings = examine()
+    if parsed.json:
+        _print_json(findings)
+    else:
+        print(findings_text(findings))
+    return 0 if findings["ok"] else 1
+
+
+def _add_cache(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="list or clear the int8 models kept on disk", prog="edgegt cache")
+    parser.add_argument("action", nargs="?", choices=("list", "clear"), default="list")
+    parser.set_defaults(handler=_cache)
+
+
+def _cache(parsed: argparse.Namespace) -> int:
+    from edgegt.store import cache_dir, clear_cache, list_cache
+    from edgegt.units import format_bytes
+
+    if parsed.action == "clear":
+        print(f"{format_bytes(clear_cache(cache_dir()))} freed in {cache_dir()}")
+        return 0
+    bases = list_cache(cache_dir())
+    for base in bases:
+        print(f"{base.model:<32} {format_bytes(base.size_bytes):>12}  {base.fingerprint[:12]}  {base.directory}")
+    if not bases:
+        print(f"nothing is cached in {cache_dir()}")
+    return 0
+
+
+_COMMANDS = {
+    "run": _add_run, "plan": _add_plan, "devices": _add_devices, "report": _add_report, "eval": _add_eval,
+    "generate": _add_generate, "doctor": _add_doctor, "cache": _add_cache,
+}  # fmt: skip

@@ -1,0 +1,129 @@
+"""Everything that is decided before a model is loaded: device, data, batches, costs and budgets.
+
+`plan` stops here; `run` goes on from here. Bad input is refused in the order in which a user would want to hear of it,
+and nothing is written to the run folder yet.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgegt import home
+from edgegt.cost import BatchShape
+from edgegt.data import Example, Row, TokenReport, parse_columns, read_rows, split_rows, tokenize
+from edgegt.device import Resolved, resolve_device
+from edgegt.errors import InputError
+from edgegt.host import Host, read_host
+from edgegt.options import RunOptions
+from edgegt.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The user's rows as token ids, on two sides, and what became of them."""
+
+    name: str
+    format: str
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    general: tuple[Example, ...]
+    report: TokenReport
+    unread: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The batches of the run, as indices into the training rows, with the epoch in which each falls; and the rounds."""
+
+    batches: tuple[tuple[float, tuple[int, ...]], ...]
+    shapes: tuple[BatchShape, ...]
+    rounds: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.batches)
+
+
+def resolve(options: RunOptions) -> tuple[Resolved, Host]:
+    """The profile of --device, and this machine."""
+    host = read_host()
+    return resolve_device(options.device, host), host
+
+
+def memory_budget(options: RunOptions, device: Resolved, host: Host) -> tuple[int, str | None]:
+    """Peak bytes the process may use: --memory, else the profile's; on this machine never more than there is.
+
+    Returns the bytes and, when they are less than asked for, a line that says so.
+    """
+    asked = options.memory_bytes or device.profile.budget_bytes
+    unified = device.profile.unified or host.cuda_bytes is None
+    there = host.available_bytes if unified else host.cuda_bytes
+    if there is not None and asked > there:
+        line = f"only {format_bytes(there)} of memory are available here: the budget is that, not {format_bytes(asked)}"
+        return there, line
+    return asked, None
+
+
+def read_corpus(options: RunOptions, tokenizer: Any) -> Corpus:
+    """The user's data, or the household's when no data is named. Raises: InputError for anything unusable."""
+    if options.data is None:
+        return _household(options, tokenizer)
+    columns = parse_columns(options.columns) if options.columns else None
+    source = read_rows(Path(options.data), columns)
+    if options.eval_data is None:
+        train, held = split_rows(source.rows, options.eval_fraction, options.seed)
+    else:
+        train, held = list(source.rows), list(read_rows(Path(options.eval_data), columns).rows)
+    return _tokenised(options, tokenizer, source.name, source.format, train, held, [], source.dropped)
+
+
+def _household(options: RunOptions, tokenizer: Any) -> Corpus:
+    train, held, general = (list(read_rows(path, None).rows) for path in (home.TRAIN, home.HELD_OUT, home.GENERAL))
+    return _tokenised(options, tokenizer, "household", "jsonl", train, held, general, {})
+
+
+def _tokenised(
+    options: RunOptions, tokenizer: Any, name: str, form: str, train: list[Row], held: list[Row], general: list[Row],
+    unread: dict[str, int],
+) -> Corpus:  # fmt: skip
+    examples, report = tokenize(train, tokenizer, options.max_length)
+    held_out = tokenize(held[: options.eval_rows], tokenizer, options.max_length)[0]
+    other = tuple(tokenize(general, tokenizer, options.max_length)[0]) if general else ()
+    return Corpus(name, form, tuple(examples), tuple(held_out), other, report, unread)
+
+
+def make_schedule(options: RunOptions, train: tuple[Example, ...]) -> Schedule:
+    """Length-bucketed batches for --steps or --epochs, cut into rounds of --round-epochs."""
+    from edgegt.data import length_bucketed, shape_of
+
+    lengths = [len(example.inputs) for example in train]
+    per_epoch = math.ceil(len(train) / options.batch_size)
+    epochs = options.epochs or (home.EPOCHS if options.model is None and options.data is None else 2.0)
+    steps = options.steps or max(1, round(per_epoch * epochs))
+    batches: list[tuple[float, tuple[int, ...]]] = []
+    epoch = 0
+    while len(batches) < steps:
+        for indices in length_bucketed(lengths, options.batch_size, options.seed, epoch):
+            batches.append((len(batches) / per_epoch, tuple(indices)))
+        epoch += 1
+    del batches[steps:]
+    shapes = tuple(shape_of([train[i] for i in indices], options.max_length) for _, indices in batches)
+    every = max(1, round((options.round_epochs or steps / per_epoch / 2) * per_epoch))
+    lengths_of_rounds = [min(every, steps - start) for start in range(0, steps, every)]
+    if len(lengths_of_rounds) > 1 and lengths_of_rounds[-1] < every / 4:
+        lengths_of_rounds[-2] += lengths_of_rounds.pop()
+    return Schedule(tuple(batches), shapes, tuple(lengths_of_rounds))
+
+
+def model_name(options: RunOptions) -> str:
+    """--model, or the home assistant's folder."""
+    if options.model is None:
+        if options.data is not None:
+            raise InputError("--data without --model: give --model too (the built-in model only knows its household)")
+        return str(home.MODEL)
+    if options.data is None:
+        raise InputError("--model without --data: give --data too, a JSONL, JSON, CSV or text file")
+    return options.model

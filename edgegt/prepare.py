@@ -1,0 +1,147 @@
+"""From options to a run that is known to be possible: data, costs, kernels and both budgets, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgegt.budget import Need, Probes, check_memory, evaluation_rows, flops_budget, plan_probes
+from edgegt.cost import BatchShape
+from edgegt.device import Resolved
+from edgegt.host import Host
+from edgegt.job import Corpus, Schedule, make_schedule, memory_budget, model_name, read_corpus, resolve
+from edgegt.log import Log
+from edgegt.options import RunOptions
+from edgegt.source import Source, load_tokenizer, open_source, read_config
+from edgegt.store import cache_dir
+from edgegt.watch import MemoryWatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgegt.quant import Choice
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with. lr: peak learning rate; eight_bit: optimizer states in 8 bits."""
+
+    options: RunOptions
+    resolved: Resolved
+    host: Host
+    source: Source
+    config: Any
+    tokenizer: Any
+    corpus: Corpus
+    schedule: Schedule
+    need: Need
+    probes: Probes
+    rho: float
+    flops: int
+    full_flops: int
+    memory_bytes: int
+    lr: float
+    kernels: Choice
+    eight_bit: bool
+    device: torch.device
+    watch: MemoryWatch
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    @property
+    def evaluation_rows(self) -> int:
+        """Rows of an evaluation batch."""
+        held_out = [*self.corpus.held_out, *self.corpus.general]
+        tokens = max(len(example.inputs) for example in held_out)
+        kept = max(len(example.targets) for example in held_out)
+        return evaluation_rows(self.need, BatchShape(1, tokens + 8, kept + 4), self.memory_bytes)
+
+
+def prepare(options: RunOptions, log: Log) -> Setup:
+    """Read, tokenise, trace and check. Raises: InputError or BudgetError for whatever would stop the run later."""
+    name = model_name(options)
+    resolved, host = resolve(options)
+    if resolved.notice:
+        log.say(f"device: {resolved.notice}")
+    asked, _ = memory_budget(options, resolved, host)
+    source, config = open_source(name), read_config(name)
+    tokenizer = load_tokenizer(source.directory)
+    corpus = read_corpus(options, tokenizer)
+    log.say(f"data: {corpus.name} ({corpus.format}), {corpus.report.line()}; {len(corpus.held_out)} held out")
+
+    device, watch = start_torch(options, resolved, log)
+    schedule = make_schedule(options, corpus.train)
+    table = _trace(config)
+    kernels = choose_kernels(device, log)
+    eight_bit = eight_bit_states(device, log)
+    need = Need(table, watch.now(), int(config.get_text_config().vocab_size))
+    memory_bytes, less = memory_budget(options, resolved, host)
+    if less:
+        log.fallback(less)
+    rho = 1.0 if options.strategy == "full" else options.rho or resolved.profile.rho
+    if options.strategy == "full":
+        probes, flops = Probes(0, 0), table.full_work().total(schedule.shapes)
+    else:
+        probes = plan_probes(options, schedule, rho, need, memory_bytes)
+        flops = flops_budget(rho, table, schedule, probes)
+        check_memory(memory_bytes, options, need, schedule)
+    return Setup(
+        options=options, resolved=resolved, host=host, source=source, config=config, tokenizer=tokenizer,
+        corpus=corpus, schedule=schedule, need=need, probes=probes, rho=rho, flops=flops,
+        full_flops=table.full_work().total(schedule.shapes), memory_bytes=memory_bytes,
+        lr=options.lr or default_lr(config), kernels=kernels, eight_bit=eight_bit, device=device, watch=watch,
+    )  # fmt: skip
+
+
+def default_lr(config: Any) -> float:
+    """0.2 / hidden size: 7.8e-4 at 256, 5e-5 at 4096. Trained tensors are few, so it is above full fine-tuning's."""
+    return 0.2 / float(config.get_text_config().hidden_size)
+
+
+def start_torch(options: RunOptions, resolved: Resolved, log: Log) -> tuple[torch.device, MemoryWatch]:
+    """Threads and seeds set, and the device that this run computes on."""
+    import psutil
+    import torch
+
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    torch.set_num_threads(options.threads or min(cores, os.cpu_count() or cores))
+    torch.manual_seed(options.seed)
+    gpu = resolved.profile.kind in ("jetson", "geforce") and torch.cuda.is_available()
+    if resolved.profile.kind == "geforce" and not gpu:
+        log.fallback("no CUDA GPU here: the run uses the CPU, and its memory budget is the process's")
+    watch = MemoryWatch(discrete_gpu=gpu and not resolved.profile.unified)
+    return torch.device("cuda" if gpu else "cpu"), watch
+
+
+def choose_kernels(device: torch.device, log: Log) -> Choice:
+    """The int8 backend whose kernels ran and agreed here; a backend left out is said."""
+    from edgegt.quant import choose_backend
+
+    cache = cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    choice = choose_backend(device, cache)
+    for line in choice.lines:
+        log.fallback(line)
+    return choice
+
+
+def eight_bit_states(device: torch.device, log: Log) -> bool:
+    """Whether the 8-bit optimizer runs here; if not, float32 states are used and that is said."""
+    from edgegt.optimizer import eight_bit_works
+
+    reason = eight_bit_works(device)
+    if reason:
+        log.fallback(f"bitsandbytes' 8-bit AdamW does not run here ({reason}): optimizer states are float32")
+    return reason is None
+
+
+def _trace(config: Any) -> Any:
+    from edgegt.trace import trace
+
+    return trace(config)
+
+

@@ -1,0 +1,190 @@
+"""`edgegt run`, as one list of calls, each of which leaves its result in the run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from edgegt.folder import RunFolder, choose_folder, make_folder
+from edgegt.log import Log
+from edgegt.options import RunOptions
+from edgegt.prepare import Setup, prepare
+from edgegt.version import __version__
+
+
+@dataclass
+class Outcome:
+    """What run.json says, gathered while the run goes on."""
+
+    started: float = field(default_factory=time.perf_counter)
+    predicted_peak: int = 0
+    predicted_flops: int = 0
+    predicted_step_s: float = 0.0
+    device_step_s: float = 0.0
+    memory_terms: dict[str, int] = field(default_factory=dict)
+
+
+def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
+    """Personalise a model as `options` say; returns the run folder.
+
+    Raises: InputError and BudgetError before a run folder exists; Interrupted when stopped, with the work saved;
+    EdgegtError when training fails.
+    """
+    log = log or Log()
+    outcome = Outcome()
+    setup = prepare(options, log)
+    if options.strategy == "full":
+        from edgegt.full import FloatTrainee as Trainee
+    else:
+        from edgegt.trainee import Int8Trainee as Trainee  # type: ignore[assignment]
+    path = choose_folder(options.output, setup.source.name, setup.resolved.profile.name)
+    Trainee.check(setup)
+    folder = make_folder(path)
+    _record_inputs(setup, folder)
+    log.say(f"run folder: {path}")
+    trainee = Trainee(setup, folder, log)
+    before = evaluate(setup, trainee.module, trainee.meter, log, "before")
+    try:
+        trainee.train(outcome)
+    finally:
+        trainee.save()
+        _record_run(setup, folder, log, trainee, outcome, command, finished=False)
+    after = evaluate(setup, trainee.module, trainee.meter, log, "after")
+    folder.write("eval.json", _evaluation(setup, before, after))
+    _record_run(setup, folder, log, trainee, outcome, command, finished=True)
+    del trainee
+    write_report_apart(path)
+    log.say(summary(folder))
+    return path
+
+
+def _record_inputs(setup: Setup, folder: RunFolder) -> None:
+    folder.write("options.json", asdict(setup.options))
+    folder.write("profile.json", setup.resolved.profile.to_json())
+    folder.write("costs.json", setup.need.table.to_json())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: the numbers, and the answers to the first held-out prompts."""
+
+    numbers: dict[str, Any]
+    answers: list[str]
+
+
+EXAMPLES = 6
+
+
+def evaluate(setup: Setup, module: Any, meter: Any, log: Log, when: str) -> Evaluation:
+    """Held-out loss, exact match for the household, and answers to show; its FLOPs are not training FLOPs."""
+    from edgegt import home
+    from edgegt.evaluate import answer, exact_match, held_out_loss
+
+    held_out, rows = setup.corpus.held_out, setup.evaluation_rows
+    with meter.off():
+        numbers = held_out_loss(module, held_out, setup.pad_id, rows, setup.device)
+        if setup.corpus.general:
+            for key, examples in (("exact_match", held_out), ("general_exact_match", setup.corpus.general)):
+                prompts = [example.prompt for example in examples]
+                texts = answer(module, setup.tokenizer, prompts, home.NEW_TOKENS, rows, setup.device)
+                numbers[key] = exact_match(texts, [example.row for example in examples])
+        answers: list[str] = []
+        if setup.options.examples:
+            longest = max(len(example.completion) for example in held_out)
+            prompts = [example.prompt for example in held_out[:EXAMPLES] if example.prompt]
+            answers = answer(module, setup.tokenizer, prompts, min(96, longest + 8), min(rows, 8), setup.device)
+    said = f"loss {numbers['loss']:.3f} on {numbers['rows']} held-out rows"
+    if "exact_match" in numbers:
+        said += f", exact match {numbers['exact_match']:.1%}, general {numbers['general_exact_match']:.1%}"
+    log.say(f"{when}: {said}")
+    return Evaluation(numbers, answers)
+
+
+def _evaluation(setup: Setup, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    shown = [example.row for example in setup.corpus.held_out[:EXAMPLES] if example.prompt]
+    examples = [
+        {"prompt": row.prompt, "reference": row.completion, "before": old, "after": new}
+        for row, old, new in zip(shown, before.answers, after.answers, strict=False)
+    ]
+    return {"before": before.numbers, "after": after.numbers, "examples": examples}
+
+
+def _record_run(
+    setup: Setup, folder: RunFolder, log: Log, trainee: Any, outcome: Outcome, command: str, finished: bool
+) -> None:
+    profile, report, corpus = setup.resolved.profile, setup.corpus.report, setup.corpus
+    steps = [json.loads(line) for line in folder.metrics.read_text().splitlines()] if folder.metrics.exists() else []
+    done = sum(entry["tokens_per_s"] * entry["step_s"] for entry in steps)
+    train_s = sum(entry["step_s"] for entry in steps)
+    full_done = setup.need.table.full_work().total(setup.schedule.shapes[: len(steps)])
+    measured: dict[str, Any] = {
+        "peak_bytes": setup.watch.peak(), "floor_bytes": setup.need.floor_bytes, "train_s": train_s,
+        "elapsed_s": time.perf_counter() - outcome.started, "flops": trainee.meter.total,
+        "probe_flops": trainee.probe_flops, "steps": len(steps), "flops_by_kind": dict(trainee.meter.by_kind),
+    }  # fmt: skip
+    if steps:
+        measured["flops_ratio"] = trainee.meter.total / full_done
+        measured["step_s"] = median(entry["step_s"] for entry in steps)
+        measured["tokens_per_s"] = done / train_s
+    folder.write("run.json", {
+        "version": __version__, "command": command, "strategy": setup.options.strategy,
+        "device": {"name": profile.name, "title": profile.title, "kind": profile.kind,
+                   "notice": setup.resolved.notice, "on_board": setup.resolved.on_board},
+        "model": {"name": setup.source.name, "parameters": setup.need.table.parameters,
+                  "architecture": (setup.config.architectures or ["?"])[0], "fingerprint": trainee.fingerprint,
+                  "directory": str(setup.source.directory)},
+        "data": {"name": corpus.name, "format": corpus.format, "rows": report.rows + len(corpus.held_out),
+                 "kept": report.kept, "cut": report.cut, "dropped": {**corpus.unread, **report.dropped},
+                 "train_rows": len(corpus.train), "eval_rows": len(corpus.held_out),
+                 "supervised_tokens": report.supervised_tokens},
+        "budget": {"rho": setup.rho, "flops": setup.flops, "memory_bytes": setup.memory_bytes},
+        "predicted": {"flops_ratio": outcome.predicted_flops / setup.full_flops, "flops": outcome.predicted_flops,
+                      "peak_bytes": outcome.predicted_peak, "step_s": outcome.predicted_step_s,
+                      "device_step_s": outcome.device_step_s, "floor_bytes": setup.need.floor_bytes},
+        "measured": measured, "full_flops": setup.full_flops, "memory_terms": outcome.memory_terms, "lr": setup.lr,
+        "backend": trainee.backend, "threads": _threads(), "fallbacks": list(log.fallbacks),
+        "power": {"watts": profile.power.watts, "mode": profile.power.name,
+                  "source": f"the profile's power mode {profile.power.name}"},
+        "finished": finished,
+    })  # fmt: skip
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def write_report_apart(path: Path) -> None:
+    """Draw the report in a process of its own, so that drawing does not count against the run's memory budget."""
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-m", "edgegt", "report", str(path), "--quiet"], check=True)
+
+
+def summary(folder: RunFolder) -> str:
+    """The last lines of a run: what was gained, what it cost, and what to do with it."""
+    from edgegt.units import format_bytes, format_duration
+
+    run_json, result = folder.read("run.json"), folder.read("eval.json")
+    measured, budget = run_json["measured"], run_json["budget"]
+    before, after = result["before"], result["after"]
+    lines = [f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}"]
+    if "exact_match" in after:
+        lines.append(
+            f"household exact match {before['exact_match']:.1%} -> {after['exact_match']:.1%}, "
+            f"general commands {before['general_exact_match']:.1%} -> {after['general_exact_match']:.1%}"
+        )
+    lines.append(
+        f"FLOPs {measured['flops_ratio']:.1%} of full fine-tuning (budget {budget['rho']:.0%}), peak memory "
+        f"{format_bytes(measured['peak_bytes'])} of {format_bytes(budget['memory_bytes'])}, "
+        f"{format_duration(measured['elapsed_s'])}"
+    )
+    lines.append(f"report: {folder.path / 'report.html'}")
+    lines.append(f"try it: edgegt generate {folder.path} \"...\"")
+    return "\n".join(lines)
