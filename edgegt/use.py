@@ -1,0 +1,109 @@
+"""A finished model in use: evaluation and text from a run folder, or from a base with a patch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgegt.errors import InputError
+from edgegt.folder import RunFolder
+from edgegt.log import Log
+from edgegt.options import RunOptions
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: the model as a module, its tokenizer, and the run it came from, if any."""
+
+    module: Any
+    tokenizer: Any
+    device: Any
+    options: RunOptions | None
+
+
+def load_subject(run: str | None, model: str | None, patch: str | None) -> Subject:
+    """A run's personalised model, or --model with or without --patch, in int8.
+
+    Raises: InputError when neither or both are named, or when they do not fit together.
+    """
+    if (run is None) == (model is None):
+        raise InputError("name a run folder, or a model with --model (and --patch): exactly one of the two")
+    if run is None:
+        assert model is not None
+        return _loaded(model, Path(patch) if patch else None, None)
+    if patch is not None:
+        raise InputError("--patch goes with --model; a run folder brings its own")
+    folder = RunFolder(Path(run))
+    about = folder.read("run.json")
+    options = RunOptions(**{key: value for key, value in folder.read("options.json").items()})
+    return _loaded(str(about["model"]["directory"]), folder.patch, options)
+
+
+def _loaded(name: str, patch: Path | None, options: RunOptions | None) -> Subject:
+    import torch
+
+    from edgegt.model import load_int8
+    from edgegt.patch import apply_patch, read_patch
+    from edgegt.prepare import choose_kernels
+    from edgegt.source import load_tokenizer, open_source, read_config
+    from edgegt.store import cache_dir
+
+    if patch is not None:
+        read_patch(patch)
+    source, config = open_source(name), read_config(name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kernels = choose_kernels(device, Log())
+    model = load_int8(config, source, cache_dir(), kernels.backend, device)
+    if patch is not None:
+        apply_patch(model, patch)
+    return Subject(model.module, load_tokenizer(source.directory), device, options)
+
+
+def generate_text(run: str | None, model: str | None, patch: str | None, prompt: str, tokens: int) -> str:
+    """The greedy answer to one prompt."""
+    from edgegt.data import Row, tokenize
+    from edgegt.evaluate import answer
+
+    if tokens < 1:
+        raise InputError(f"--tokens {tokens} is out of range: give a positive whole number")
+    subject = load_subject(run, model, patch)
+    # The prompt as training saw it, with the separator before a completion; the completion itself is cut off again.
+    separator = "" if prompt[-1:].isspace() or not prompt else _separator(subject.options)
+    example = tokenize([Row(prompt + separator, " x", 1)], subject.tokenizer, 1 << 20)[0][0]
+    return answer(subject.module, subject.tokenizer, [example.prompt], tokens, 1, subject.device)[0].strip()
+
+
+def _separator(options: RunOptions | None) -> str:
+    """What stood between prompt and completion in the run's own data."""
+    from edgegt import home
+    from edgegt.data import parse_columns, read_rows
+
+    if options is None:
+        return ""
+    path = home.TRAIN if options.data is None else Path(options.data)
+    if not path.is_file():
+        return "\n"
+    return read_rows(path, parse_columns(options.columns) if options.columns else None).rows[0].separator
+
+
+def evaluate_subject(
+    run: str | None, model: str | None, patch: str | None, data: str | None, columns: str | None, max_length: int
+) -> dict[str, Any]:
+    """Loss, perplexity, tokens and rows on --data, or on the rows that the run held out."""
+    from edgegt.data import parse_columns, read_rows, tokenize
+    from edgegt.evaluate import held_out_loss
+    from edgegt.job import read_corpus
+
+    if data is None and run is None:
+        raise InputError("--model needs --data: give the file to evaluate on")
+    source = read_rows(Path(data), parse_columns(columns) if columns else None) if data else None
+    subject = load_subject(run, model, patch)
+    if source is not None:
+        examples = tuple(tokenize(source.rows, subject.tokenizer, max_length)[0])
+    else:
+        assert subject.options is not None
+        examples = read_corpus(subject.options, subject.tokenizer).held_out
+    pad = subject.tokenizer.pad_token_id
+    pad = subject.tokenizer.eos_token_id if pad is None else pad
+    return held_out_loss(subject.module, examples, pad, 16, subject.device)
