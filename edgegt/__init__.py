@@ -12,11 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgegt.device import Profile, load_profile
     from edgegt.doctor import examine
     from edgegt.errors import BudgetError, EdgegtError, InputError, Interrupted
     from edgegt.options import RunOptions
     from edgegt.outlook import look_ahead
+    from edgegt.profile import Profile, load_profile
     from edgegt.report import write_report
     from edgegt.run import run
     from edgegt.use import evaluate_subject, generate_text
@@ -27,13 +27,13 @@ _HOMES = {
     "EdgegtError": "errors",
     "InputError": "errors",
     "Interrupted": "errors",
-    "Profile": "device",
+    "Profile": "profile",
     "RunOptions": "options",
     "__version__": "version",
     "evaluate_subject": "use",
     "examine": "doctor",
     "generate_text": "use",
-    "load_profile": "device",
+    "load_profile": "profile",
     "look_ahead": "outlook",
     "run": "run",
     "write_report": "report",

@@ -1,4 +1,4 @@
-"""What the trace and the loader both need to know about a transformers model, told by its modules and not its family."""
+"""What the trace and the loader both need to know about a transformers model, told by its modules, not its family."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from edgegt.cost import BatchShape, CostTable
 from edgegt.errors import BudgetError
 from edgegt.job import Schedule
-from edgegt.memory import LOGIT_BYTES, Surroundings, slack_bytes
+from edgegt.memory import Surroundings, fixed_terms, slack_bytes
 from edgegt.options import RunOptions
 from edgegt.planner import Problem, smallest
 from edgegt.units import format_bytes
@@ -52,14 +52,14 @@ class Need:
     def _peak(self, shape: BatchShape, kept: int) -> int:
         everything = (1 << len(self.table.weights)) - 1
         block = self.table.saved_work(everything).at(shape) // max(1, self.table.blocks)
-        logits = LOGIT_BYTES * shape.rows * shape.kept * self.vocabulary
-        terms = {"kept": kept, "block": block, "logits": logits, "transient": self.table.widest.at(shape)}
-        return self.floor_bytes + self.table.base_bytes + sum(terms.values()) + slack_bytes(terms)
+        terms = {**fixed_terms(self.table, Surroundings(self.floor_bytes), shape, self.vocabulary)}
+        terms |= {"kept": kept, "block": block}
+        return sum(terms.values()) + slack_bytes(terms)
 
 
-def evaluation_rows(need: Need, longest: BatchShape, memory_bytes: int) -> int:
-    """Rows of an evaluation batch: as many as fit, 32 at most."""
-    rows = EVALUATION_ROWS
+def evaluation_rows(need: Need, longest: BatchShape, most: int, memory_bytes: int) -> int:
+    """Rows of an evaluation batch: as many as fit, `most` and 32 at most."""
+    rows = min(EVALUATION_ROWS, most)
     while rows > 1 and need.forward_bytes(BatchShape(rows, longest.tokens, longest.kept)) > memory_bytes:
         rows //= 2
     return rows
@@ -79,7 +79,7 @@ def plan_probes(options: RunOptions, schedule: Schedule, rho: float, need: Need,
 
 
 def largest(schedule: Schedule, rows: int) -> BatchShape:
-    """A shape of this many rows that is at least as large as any batch of the run."""
+    """A shape of this many rows that is at least as large as any batch of the run, in every term."""
     return BatchShape(rows, max(s.tokens for s in schedule.shapes), max(s.kept for s in schedule.shapes))
 
 

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _system_problem(error: Exception) -> str:
+def _system_problem(error: MemoryError | OSError) -> str:
     if isinstance(error, MemoryError):
         return "out of memory: lower --memory or --batch-size"
     where = f" ({error.filename})" if getattr(error, "filename", None) else ""
@@ -76,7 +76,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     for name, add in _COMMANDS.items():
         add(commands, name)
     if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
-        raise InputError(f"unknown command '{words[0]}'{nearest(words[0], _COMMANDS)}; commands: {', '.join(_COMMANDS)}")
+        near = nearest(words[0], _COMMANDS)
+        raise InputError(f"unknown command '{words[0]}'{near}; commands: {', '.join(_COMMANDS)}")
     if not words:
         parser.print_help()
         raise SystemExit(0)
@@ -221,7 +222,8 @@ def _eval(parsed: argparse.Namespace) -> int:
 
 
 def _add_generate(commands: Any, name: str) -> None:
-    parser = commands.add_parser(name, help="answer a prompt with a run or a model with a patch", prog="edgegt generate")
+    about = "answer a prompt with a run or a model with a patch"
+    parser = commands.add_parser(name, help=about, prog="edgegt generate")
     parser.add_argument("words", nargs="*", metavar="[RUN] PROMPT", help="run folder (unless --model) and the prompt")
     parser.add_argument("--model", help="model directory or hub id, instead of a run folder")
     parser.add_argument("--patch", help="patch.safetensors to put into --model")

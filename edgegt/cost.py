@@ -149,8 +149,7 @@ class CostTable:
             for weight in tree["weights"]
         )
         fields["paths"] = tuple(
-            Path(int(path["weights"], 16), Work(**path["flops"]), Work(**path["saved_bytes"]))
-            for path in tree["paths"]
+            Path(int(path["weights"], 16), Work(**path["flops"]), Work(**path["saved_bytes"])) for path in tree["paths"]
         )
         for key in ("forward", "head", "widest"):
             fields[key] = Work(**tree[key])

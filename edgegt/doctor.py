@@ -60,7 +60,8 @@ def findings_text(findings: dict[str, Any]) -> str:
     ]
     for check in findings["backends"]:
         state = (
-            f"works, error {check['relative_error']:.1e}, {check['gflops']:.0f} GFLOP/s with {findings['threads']} threads"
+            f"works, error {check['relative_error']:.1e}, {check['gflops']:.0f} GFLOP/s with {findings['threads']} "
+            "threads"
             if check["ok"]
             else f"does not work: {check['error']}; the other backend or float products are used"
         )

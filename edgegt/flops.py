@@ -61,7 +61,7 @@ def register_attention() -> str:
 def attach(model: nn.Module, meter: FlopMeter) -> None:
     """Give every module of the model the meter, and count its float linears."""
     for module in model.modules():
-        module.flop_meter = meter
+        module.__dict__["flop_meter"] = meter  # not a parameter, buffer or submodule
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             module.register_forward_hook(_count_linear)
 

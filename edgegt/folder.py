@@ -41,7 +41,8 @@ class RunFolder:
             tree: Mapping[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputError(
-                f"'{self.path}' is not a finished run folder (it has no {name}): give the folder that `edgegt run` named"
+                f"'{self.path}' is not a finished run folder (it has no {name}): give the folder that "
+                "`edgegt run` named"
             ) from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{self.path / name} is damaged ({error}): run `edgegt run` again") from error

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from edgegt.budget import largest
 from edgegt.cost import BatchShape, Work
 from edgegt.data import Batch, collate
 from edgegt.data.batches import IGNORE
@@ -19,7 +18,7 @@ from edgegt.errors import BudgetError
 from edgegt.flops import FlopMeter, attach, register_attention
 from edgegt.folder import RunFolder
 from edgegt.log import Log
-from edgegt.memory import LOGIT_BYTES, slack_bytes
+from edgegt.memory import LIBRARY_BYTES, LOGIT_BYTES, slack_bytes, worst_shape
 from edgegt.optimizer import AdamW, schedule
 from edgegt.patch import save_patch
 from edgegt.prepare import Setup
@@ -59,7 +58,8 @@ class FloatTrainee:
         if least > setup.memory_bytes:
             raise BudgetError(
                 f"full fine-tuning needs {math.ceil(least / 2**20)} MiB and the budget is "
-                f"{format_bytes(setup.memory_bytes)}: give --memory {math.ceil(least / 2**20)}MiB, or the default strategy",
+                f"{format_bytes(setup.memory_bytes)}: give --memory {math.ceil(least / 2**20)}MiB, or the default "
+                "strategy",
                 smallest_bytes=least,
             )
 
@@ -126,13 +126,14 @@ class FloatTrainee:
 def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:
     """Named terms of the peak of full fine-tuning in float32."""
     table, rows = setup.need.table, min(micro_batch, setup.options.batch_size)
-    shape = largest(setup.schedule, rows)
+    shape = worst_shape(table, setup.schedule.shapes, rows, setup.need.vocabulary)
     everything = (1 << len(table.weights)) - 1
     inputs = {weight.stage: 3 * weight.shape[1] for weight in table.weights if weight.kind == "linear"}
     kept = table.saved_work(everything) + Work(token=sum(inputs.values()))
     largest_weight = max(weight.numel for weight in table.weights)
     terms = {
         "floor": setup.need.floor_bytes,
+        "libraries": LIBRARY_BYTES,
         "base": table.float_bytes,
         "optimizer": 2 * table.float_bytes,
         "gradients": table.float_bytes if rows < setup.options.batch_size else 3 * 4 * largest_weight,

@@ -20,6 +20,8 @@ from edgegt.host import Host, read_host
 from edgegt.options import RunOptions
 from edgegt.units import format_bytes
 
+TWO_ROUNDS_FROM = 40
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -111,7 +113,8 @@ def make_schedule(options: RunOptions, train: tuple[Example, ...]) -> Schedule:
         epoch += 1
     del batches[steps:]
     shapes = tuple(shape_of([train[i] for i in indices], options.max_length) for _, indices in batches)
-    every = max(1, round((options.round_epochs or steps / per_epoch / 2) * per_epoch))
+    halves = steps / per_epoch / (2 if steps >= TWO_ROUNDS_FROM else 1)
+    every = max(1, round((options.round_epochs or halves) * per_epoch))
     lengths_of_rounds = [min(every, steps - start) for start in range(0, steps, every)]
     if len(lengths_of_rounds) > 1 and lengths_of_rounds[-1] < every / 4:
         lengths_of_rounds[-2] += lengths_of_rounds.pop()

@@ -8,9 +8,10 @@
     gradients    all gradients when micro-batches are accumulated, otherwise the largest one (it is applied and freed)
     demoted      two planes of each tensor trained in an earlier round
     activations  what backward keeps (from the cost table)
-    logits       head output, its softmax and gradient on the kept positions
-    transient    the widest product's integer and float outputs, and its quantised input
-    slack        allocator fragmentation and what the model does not name: 8 % of the above without the base, and 10 MiB
+    logits       the head's log-probabilities and two gradients of that size, on the kept positions, while backward begins
+    transient    what the widest product of the layers needs beyond that, later in backward
+    libraries    code, kernels and threads that are loaded on first use, after the floor was measured (20 to 33 MiB here)
+    slack        allocator fragmentation and what the model does not name: 8 % of the tensors above, and 6 MiB
 
 Bytes everywhere. On a discrete GPU the same terms hold for device memory, with the floor of the CUDA context.
 """
@@ -26,10 +27,11 @@ from edgegt.units import MIB
 MASTER_BYTES = 4
 PLANE_BYTES = 2
 GRADIENT_BYTES = 4
-LOGIT_BYTES = 16
+LOGIT_BYTES = 12
 SMALL_TENSOR = 4096
 SLACK_SHARE = 0.08
-SLACK_BYTES = 10 * MIB
+SLACK_BYTES = 6 * MIB
+LIBRARY_BYTES = 28 * MIB
 
 
 def optimizer_bytes(weight: Weight) -> int:
@@ -53,14 +55,21 @@ def fused_gradient_bytes(weight: Weight) -> int:
     return 2 * GRADIENT_BYTES * weight.numel
 
 
-def worst_shape(shapes: Iterable[BatchShape], micro_batch: int) -> BatchShape:
-    """A shape at least as large as every micro-batch, term by term."""
-    listed = list(shapes)
-    return BatchShape(
-        rows=min(micro_batch, max(shape.rows for shape in listed)),
-        tokens=max(shape.tokens for shape in listed),
-        kept=max(shape.kept for shape in listed),
-    )
+def worst_shape(table: CostTable, shapes: Iterable[BatchShape], micro_batch: int, vocabulary: int) -> BatchShape:
+    """A shape that needs as much memory as any micro-batch, whatever is selected.
+
+    Bytes grow with the selection from logits alone to logits and every activation; a shape that is largest at both
+    ends is largest in between, and where two shapes share the ends their maximum, term by term, is taken.
+    """
+    everything = table.saved_work((1 << len(table.weights)) - 1)
+    micro = {BatchShape(min(micro_batch, shape.rows), shape.tokens, shape.kept) for shape in shapes}
+
+    def logits(shape: BatchShape) -> int:
+        return max(LOGIT_BYTES * vocabulary * shape.rows * shape.kept, table.widest.at(shape))
+
+    least = max(micro, key=lambda shape: (logits(shape), shape.tokens))
+    most = max(micro, key=lambda shape: (logits(shape) + everything.at(shape), shape.kept))
+    return BatchShape(max(least.rows, most.rows), max(least.tokens, most.tokens), max(least.kept, most.kept))
 
 
 @dataclass(frozen=True)
@@ -72,18 +81,20 @@ class Surroundings:
 
 
 def fixed_terms(table: CostTable, around: Surroundings, worst: BatchShape, vocabulary: int) -> dict[str, int]:
-    """The terms that no selection changes."""
+    """The terms that no selection changes. One logit-sized gradient is still there when the layers' products run."""
+    logits = worst.rows * worst.kept * vocabulary
     return {
         "floor": around.floor_bytes,
+        "libraries": LIBRARY_BYTES,
         "base": table.base_bytes,
-        "logits": LOGIT_BYTES * worst.rows * worst.kept * vocabulary,
-        "transient": table.widest.at(worst),
+        "logits": LOGIT_BYTES * logits,
+        "transient": max(0, table.widest.at(worst) - (LOGIT_BYTES - 4) * logits),
     }
 
 
 def slack_bytes(terms: dict[str, int]) -> int:
     """Allowance for fragmentation and unnamed buffers, from the other terms."""
-    named = sum(value for key, value in terms.items() if key not in ("floor", "base", "slack"))
+    named = sum(value for key, value in terms.items() if key not in ("floor", "base", "libraries", "slack"))
     return int(SLACK_SHARE * named) + SLACK_BYTES
 
 
@@ -98,7 +109,8 @@ def peak_terms(
     """Every named term of the peak for one selection; their sum is the predicted peak in bytes."""
     mask = table.mask(selected)
     chosen = [weight for bit, weight in enumerate(table.weights) if mask >> bit & 1]
-    resting = [weight for weight in table.weights if weight.name in around.demoted and weight not in chosen]
+    demoted = table.mask(around.demoted) & ~mask
+    resting = [weight for bit, weight in enumerate(table.weights) if demoted >> bit & 1]
     terms = fixed_terms(table, around, worst, vocabulary)
     terms["masters"] = sum(MASTER_BYTES * weight.numel for weight in chosen)
     terms["planes"] = sum(plane_bytes(weight) for weight in chosen)

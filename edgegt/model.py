@@ -46,7 +46,7 @@ class Int8Model:
         """The float32 tensor [out, in] of the pretrained model, from disk; from int8 if the source is gone."""
         entry = self._entries[name]
         try:
-            tensor = self.source.tensor(entry.stored_as).to(torch.float32)
+            tensor: torch.Tensor = self.source.tensor(entry.stored_as).to(torch.float32)
             return (tensor.t().contiguous() if entry.transposed else tensor.clone()).to(self.device)
         except (OSError, KeyError) as error:
             line = f"the float weights of {name} could not be read ({error}): its master starts from int8"

@@ -109,7 +109,7 @@ def eight_bit_works(device: torch.device) -> str | None:
                 optimizer.update("probe", parameter, gradient.to(device), 1e-2)
         except Exception as error:  # any failure of a foreign kernel means the same: it cannot be used here
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
-        ends.append((parameter.cpu() - start))
+        ends.append(parameter.cpu() - start)
     relative = float((ends[0] - ends[1]).norm() / ends[1].norm())
     return None if relative < 0.1 else f"its update differs from the float one by {relative:.0%}"
 

@@ -41,7 +41,7 @@ class RunOptions:
     strategy: str = _option("greentrainer", "how tensors are chosen", choices=STRATEGY_NAMES)
     epochs: float | None = _option(None, "passes over the data (default: 2; the household: 8)")
     steps: int | None = _option(None, "optimizer steps instead of epochs")
-    round_epochs: float | None = _option(None, "epochs between two selections (default: half of the run)")
+    round_epochs: float | None = _option(None, "epochs between two selections (default: half of the run, all of it below 40 steps)")
     batch_size: int = _option(8, "rows of an optimizer step")
     max_length: int = _option(512, "tokens of a row at most; longer rows are cut")
     lr: float | None = _option(None, "peak learning rate (default: 0.2 / hidden size)")
@@ -137,7 +137,8 @@ def read_options(path: Path) -> dict[str, Any]:
     for key, value in tree.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise InputError(f"{path}: unknown key '{key}'{nearest(name, known)}: `edgegt run --help` lists the options")
+            near = nearest(name, known)
+            raise InputError(f"{path}: unknown key '{key}'{near}: `edgegt run --help` lists the options")
         values[name] = _checked(path, key, value, option_type(known[name]))
     return values
 

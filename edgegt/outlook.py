@@ -129,13 +129,14 @@ def outlook_text(outlook: dict[str, Any]) -> str:
     predicted, selected = outlook["predicted"], outlook["selected"]
     shown = ", ".join(selected[:6]) + (f", and {len(selected) - 6} more" if len(selected) > 6 else "")
     peak, step, whole = predicted["peak_bytes"], predicted["step_s"], predicted["train_s"]
+    flops = predicted["flops"]
     return "\n".join([
         *lines,
         f"fits       yes, from {format_bytes(outlook['smallest_bytes'])} on; micro-batch {outlook['micro_batch']}",
         f"trained    {len(selected)} tensors: {shown}",
         f"           ({outlook['importance']})",
-        f"FLOPs      {predicted['flops_ratio']:.1%} of full fine-tuning: {format_flops(predicted['flops']['expected'])} "
-        f"(at most {format_flops(predicted['flops']['high'])}) of {format_flops(predicted['full_flops'])}",
+        f"FLOPs      {predicted['flops_ratio']:.1%} of full fine-tuning: {format_flops(flops['expected'])} "
+        f"(at most {format_flops(flops['high'])}) of {format_flops(predicted['full_flops'])}",
         f"memory     {format_bytes(peak['expected'])} ({format_bytes(peak['low'])} to {format_bytes(peak['high'])}), "
         f"of it {format_bytes(outlook['floor_bytes'])} for the program",
         f"time       {format_duration(step['expected'])} per step ({format_duration(step['low'])} to "

@@ -40,7 +40,8 @@ def read_patch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except SafetensorError as error:
         raise InputError(f"patch '{path}' is damaged ({error}): take it from the run folder again") from error
     if about.get("format") != FORMAT or "fingerprint" not in about:
-        raise InputError(f"'{path}' is not an edgegt patch (metadata {json.dumps(about)[:80]}): give a patch.safetensors")
+        found = json.dumps(about)[:80]
+        raise InputError(f"'{path}' is not an edgegt patch (metadata {found}): give a patch.safetensors")
     return tensors, about
 
 
@@ -55,7 +56,8 @@ def apply_patch(model: Int8Model, path: Path) -> None:
     if about["fingerprint"] != model.fingerprint:
         raise InputError(
             f"patch '{path}' was trained on another base ({about.get('model', '?')}, fingerprint "
-            f"{about['fingerprint'][:12]}) than '{model.source.name}' ({model.fingerprint[:12]}): give that base with --model"
+            f"{about['fingerprint'][:12]}) than '{model.source.name}' ({model.fingerprint[:12]}): give that base "
+            "with --model"
         )
     for name, tensor in tensors.items():
         if name in model.linears:

@@ -130,7 +130,7 @@ def _case(problem: Problem, micro_batch: int) -> Case:
     candidates = tuple(bit for bit, value in enumerate(values) if value > 0 and math.isfinite(value))
     if not candidates:
         raise InputError("no weight has an importance above 0, so none is worth training: check the data and --lr")
-    total, worst = _totaller(problem.shapes), worst_shape(problem.shapes, micro_batch)
+    total, worst = _totaller(problem.shapes), worst_shape(table, problem.shapes, micro_batch, problem.vocabulary)
     demoted = set(problem.around.demoted)
     resting = {weight.name: plane_bytes(weight) for weight in table.weights if weight.name in demoted}
     flops = [total(weight.dw) for weight in table.weights]
@@ -147,7 +147,7 @@ def _case(problem: Problem, micro_batch: int) -> Case:
             before = paths.get(mask, (0, 0))
             paths[mask] = (before[0] + path_flops, before[1] + path_bytes)
     fixed = fixed_terms(table, problem.around, worst, problem.vocabulary)
-    room = problem.memory_bytes - fixed.pop("floor") - fixed.pop("base")
+    room = problem.memory_bytes - sum(fixed.pop(name) for name in ("floor", "libraries", "base"))
     return Case(
         values=values,
         candidates=candidates,
@@ -221,8 +221,9 @@ def _smallest(problem: Problem, cases: dict[int, Case]) -> Smallest:
 
 
 def _terms(problem: Problem, selected: Sequence[str], micro_batch: int) -> dict[str, int]:
-    worst, accumulate = worst_shape(problem.shapes, micro_batch), micro_batch < problem.batch_size
-    return peak_terms(problem.table, selected, problem.around, worst, problem.vocabulary, accumulate)
+    table, accumulate = problem.table, micro_batch < problem.batch_size
+    worst = worst_shape(table, problem.shapes, micro_batch, problem.vocabulary)
+    return peak_terms(table, selected, problem.around, worst, problem.vocabulary, accumulate)
 
 
 def _refuse_infeasible(problem: Problem, cases: dict[int, Case]) -> None:

@@ -1,11 +1,13 @@
-"""From options to a run that is known to be possible: data, costs, kernels and both budgets, before anything is loaded."""
+"""From options to a run known to be possible: data, costs, kernels and both budgets, before anything is loaded."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from edgegt.allocator import trim
 from edgegt.budget import Need, Probes, check_memory, evaluation_rows, flops_budget, plan_probes
 from edgegt.cost import BatchShape
 from edgegt.device import Resolved
@@ -54,11 +56,24 @@ class Setup:
 
     @property
     def evaluation_rows(self) -> int:
-        """Rows of an evaluation batch."""
+        """Rows of an evaluation batch: no more than of a training batch, so that training sets the peak."""
+        return evaluation_rows(self.need, self._longest(), self.options.batch_size, self.memory_bytes)
+
+    @property
+    def evaluation_shape(self) -> BatchShape:
+        """The largest evaluation batch."""
+        return replace(self._longest(), rows=self.evaluation_rows)
+
+    @property
+    def answer_rows(self) -> int:
+        """Prompts answered together; only their last position reaches the head."""
+        shape = replace(self._longest(), kept=1)
+        return evaluation_rows(self.need, shape, 4 * self.options.batch_size, self.memory_bytes)
+
+    def _longest(self) -> BatchShape:
         held_out = [*self.corpus.held_out, *self.corpus.general]
         tokens = max(len(example.inputs) for example in held_out)
-        kept = max(len(example.targets) for example in held_out)
-        return evaluation_rows(self.need, BatchShape(1, tokens + 8, kept + 4), self.memory_bytes)
+        return BatchShape(1, tokens + 8, max(len(example.targets) for example in held_out) + 4)
 
 
 def prepare(options: RunOptions, log: Log) -> Setup:
@@ -67,7 +82,6 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     resolved, host = resolve(options)
     if resolved.notice:
         log.say(f"device: {resolved.notice}")
-    asked, _ = memory_budget(options, resolved, host)
     source, config = open_source(name), read_config(name)
     tokenizer = load_tokenizer(source.directory)
     corpus = read_corpus(options, tokenizer)
@@ -76,8 +90,10 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     device, watch = start_torch(options, resolved, log)
     schedule = make_schedule(options, corpus.train)
     table = _trace(config)
+    _import_what_comes_later()
     kernels = choose_kernels(device, log)
     eight_bit = eight_bit_states(device, log)
+    trim()
     need = Need(table, watch.now(), int(config.get_text_config().vocab_size))
     memory_bytes, less = memory_budget(options, resolved, host)
     if less:
@@ -139,9 +155,13 @@ def eight_bit_states(device: torch.device, log: Log) -> bool:
     return reason is None
 
 
+def _import_what_comes_later() -> None:
+    """So that the floor, measured next, has every library in it."""
+    for name in ("scipy.optimize", "scipy.sparse", "safetensors.torch", "torch.utils.checkpoint"):
+        import_module(name)
+
+
 def _trace(config: Any) -> Any:
     from edgegt.trace import trace
 
     return trace(config)
-
-

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from edgegt.allocator import return_freed_memory, trim
 from edgegt.folder import RunFolder, choose_folder, make_folder
 from edgegt.log import Log
 from edgegt.options import RunOptions
@@ -36,6 +37,7 @@ def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
     """
     log = log or Log()
     outcome = Outcome()
+    return_freed_memory()
     setup = prepare(options, log)
     if options.strategy == "full":
         from edgegt.full import FloatTrainee as Trainee
@@ -90,13 +92,14 @@ def evaluate(setup: Setup, module: Any, meter: Any, log: Log, when: str) -> Eval
         if setup.corpus.general:
             for key, examples in (("exact_match", held_out), ("general_exact_match", setup.corpus.general)):
                 prompts = [example.prompt for example in examples]
-                texts = answer(module, setup.tokenizer, prompts, home.NEW_TOKENS, rows, setup.device)
+                texts = answer(module, setup.tokenizer, prompts, home.NEW_TOKENS, setup.answer_rows, setup.device)
                 numbers[key] = exact_match(texts, [example.row for example in examples])
         answers: list[str] = []
         if setup.options.examples:
             longest = max(len(example.completion) for example in held_out)
             prompts = [example.prompt for example in held_out[:EXAMPLES] if example.prompt]
             answers = answer(module, setup.tokenizer, prompts, min(96, longest + 8), min(rows, 8), setup.device)
+    trim()
     said = f"loss {numbers['loss']:.3f} on {numbers['rows']} held-out rows"
     if "exact_match" in numbers:
         said += f", exact match {numbers['exact_match']:.1%}, general {numbers['general_exact_match']:.1%}"
@@ -186,5 +189,5 @@ def summary(folder: RunFolder) -> str:
         f"{format_duration(measured['elapsed_s'])}"
     )
     lines.append(f"report: {folder.path / 'report.html'}")
-    lines.append(f"try it: edgegt generate {folder.path} \"...\"")
+    lines.append(f'try it: edgegt generate {folder.path} "..."')
     return "\n".join(lines)

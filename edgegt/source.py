@@ -44,7 +44,8 @@ def locate(model: str) -> Path:
         return path
     looks_like_id = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.parent.is_dir()
     if not looks_like_id:
-        raise InputError(f"model '{model}' is not a directory: give a folder with config.json and safetensors, or a hub id")
+        remedy = "give a folder with config.json and safetensors, or a hub id"
+        raise InputError(f"model '{model}' is not a directory: {remedy}")
     try:
         from huggingface_hub import snapshot_download
 
@@ -144,8 +145,9 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
         raise InputError(
-            f"'{directory}' has no usable tokenizer ({str(error).splitlines()[0][:120]}): add tokenizer.json to the folder"
+            f"'{directory}' has no usable tokenizer ({str(error).splitlines()[0][:120]}): add tokenizer.json to it"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer in '{directory}' has no end-of-text token: set eos_token in tokenizer_config.json")
+        remedy = "set eos_token in tokenizer_config.json"
+        raise InputError(f"the tokenizer in '{directory}' has no end-of-text token: {remedy}")
     return tokenizer

@@ -12,7 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from edgegt.cost import BatchShape, CostTable
-from edgegt.device import Profile
+from edgegt.profile import Profile
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ mostly nested, so z of a mask is tied to z of its largest expressed part and to 
 per weight, and a relaxation as tight as with all rows. z would be integer of itself; declared so, the solver branches
 on depth first, which makes the hard cases two to six times faster. Baselines fill in an order that knows less.
 
-Source: ALGORITHMS.md section 5 for why no grid dynamic program (it returned 0.62 to 0.98 of the optimum).
+Why no grid dynamic program (it returned 0.62 to 0.98 of the optimum): docs/decisions.md, "The planner".
 """
 
 from __future__ import annotations

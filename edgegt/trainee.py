@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from edgegt.allocator import trim
 from edgegt.budget import largest
 from edgegt.checkpoint import Position, save_checkpoint
 from edgegt.data import collate
@@ -42,6 +43,7 @@ class Int8Trainee:
         self.trainables = Trainables(self.model, optimizer, folder.parked)
         self.progress = Progress()
         self.probe_flops = 0
+        self._probe_work = 0
 
     @staticmethod
     def check(setup: Setup) -> None:
@@ -87,8 +89,11 @@ class Int8Trainee:
             for start in range(0, wanted, probes.rows)
         ]
         spent = self.meter.total
+        self._probe_work = setup.need.table.probe_work().total(batch.shape for batch in batches)
         values = importance(self.model, batches, self._layers())
         self.probe_flops += self.meter.total - spent
+        self.model.inputs.clear()
+        trim()
         return values
 
     def _layers(self) -> Any:
@@ -146,11 +151,13 @@ class Int8Trainee:
         setup, table = self.setup, self.setup.need.table
         mask = table.mask(chosen.selected)
         shapes = setup.schedule.shapes[first : first + steps]
-        if index == 0:
-            outcome.predicted_flops = self.meter.total
-        outcome.predicted_flops += table.train_work(mask).total(shapes)
-        if index > 0:
-            outcome.predicted_flops += table.probe_work().total(setup.probes.shapes(setup.schedule))
+        outcome.predicted_flops += table.train_work(mask).total(shapes) + self._probe_work
+        need, probes = setup.need, setup.probes
+        outcome.predicted_peak = max(
+            outcome.predicted_peak,
+            need.forward_bytes(setup.evaluation_shape),
+            need.probe_bytes(largest(setup.schedule, probes.rows)) if self._probe_work else 0,
+        )
         if chosen.peak_bytes > outcome.predicted_peak:
             outcome.predicted_peak, outcome.memory_terms = chosen.peak_bytes, chosen.memory
         typical = shapes[len(shapes) // 2]

@@ -36,7 +36,7 @@ def load_subject(run: str | None, model: str | None, patch: str | None) -> Subje
         raise InputError("--patch goes with --model; a run folder brings its own")
     folder = RunFolder(Path(run))
     about = folder.read("run.json")
-    options = RunOptions(**{key: value for key, value in folder.read("options.json").items()})
+    options = RunOptions(**folder.read("options.json"))
     return _loaded(str(about["model"]["directory"]), folder.patch, options)
 
 

@@ -30,8 +30,9 @@ def peak_resident_bytes() -> int:
         if match:
             return int(match[1]) * 1024
     info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):
-        return int(info.peak_wset)
+    windows = getattr(info, "peak_wset", None)
+    if windows is not None:
+        return int(windows)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

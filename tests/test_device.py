@@ -10,19 +10,10 @@ from pathlib import Path
 import pytest
 
 from edgegt import host as host_module
-from edgegt.device import (
-    KINDS,
-    Profile,
-    devices_json,
-    explain,
-    list_lines,
-    load_profile,
-    profile_names,
-    profiles_dir,
-    resolve_device,
-)
+from edgegt.device import devices_json, explain, list_lines, resolve_device
 from edgegt.errors import InputError
 from edgegt.host import Host, available_bytes, board_model, cpu_name, read_host
+from edgegt.profile import KINDS, Profile, load_profile, profile_names, profiles_dir
 
 GIB = 2**30
 LAPTOP = Host("Linux", "x86_64", "Intel(R) Core(TM) i5-1135G7", 4, 16 * GIB, 9 * GIB)

@@ -68,7 +68,10 @@ def test_head_is_tied_and_vocabulary_fits() -> None:
     vocabulary = json.loads((HOME / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     assert shapes["model.embed_tokens.weight"][0] == config["vocab_size"] == len(vocabulary)
     assert [vocabulary[token] for token in ("<s>", "</s>", "<pad>")] == [
-        config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]]
+        config["bos_token_id"],
+        config["eos_token_id"],
+        config["pad_token_id"],
+    ]
 
 
 def test_generator_reproduces_the_shipped_files() -> None:
@@ -87,7 +90,7 @@ def test_row_counts() -> None:
 def test_rows_are_well_formed(name: str) -> None:
     for row in rows(name):
         assert set(row) == {"prompt", "completion"}
-        assert row["prompt"].endswith(grammar().SEP) and grammar().SEP not in row["prompt"][:-len(grammar().SEP)]
+        assert row["prompt"].endswith(grammar().SEP) and grammar().SEP not in row["prompt"][: -len(grammar().SEP)]
         action = json.loads(row["completion"])
         assert " " + json.dumps(action, separators=(",", ":")) == row["completion"]
         assert next(iter(action)) == "do"
@@ -98,7 +101,7 @@ def test_no_utterance_twice(name: str) -> None:
     assert len(keys(name)) == len(rows(name))
 
 
-@pytest.mark.parametrize("name", ("household.heldout", "general.heldout"))
+@pytest.mark.parametrize("name", ["household.heldout", "general.heldout"])
 def test_heldout_is_not_in_training(name: str) -> None:
     assert not keys(name) & keys("household.train")
 

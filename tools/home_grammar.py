@@ -31,8 +31,8 @@ from typing import TypeAlias
 
 SEP = " =>"
 SEED = "edgegt-home-1"
-TRAIN_HOUSEHOLD_ROWS = 680
-TRAIN_ORDINARY_ROWS = 260
+TRAIN_HOUSEHOLD_ROWS = 720
+TRAIN_ORDINARY_ROWS = 280
 HELDOUT_ROWS = 240
 PRIVATE_SHARE = 0.65
 
@@ -144,6 +144,9 @@ ANIMALS = _terms({"cat": "cat,kitty", "dog": "dog,puppy", "fish": "fish,goldfish
 GOODS = _terms({name: name for name in _words(
     "milk,bread,butter,eggs,cheese,apples,bananas,rice,pasta,coffee,tea,sugar,flour,salt,soap,onions,potatoes,"
     "tomatoes,yoghurt,honey,batteries,candles,napkins,oats")})
+NAMES = _words("tom,eva,leo,ida,max,zoe,sam,lily,noah,emma,finn,ruth,hugo,nora,carl,anna")
+SHOWS = _words("cinema,storm,circus,forest,camp,race,dance,picnic,museum,voyage,concert,snow,desert,spring,magic")
+SCENE_KEYS = ("light", "heat", "music", "blinds", "tv", "coffee", "fan", "lock")
 FIELDS = ("light", "heat", "music", "blinds")
 
 # Words that the assistant has heard but that name nothing it knows; they stand beside the invented ones.
@@ -195,33 +198,24 @@ def _own(table: dict[str, str], where: str = "") -> tuple[Term, ...]:
 
 OWN_ROOMS = _own({
     "kids": "burrow", "office": "bridge", "kitchen": "galley", "bath": "swamp", "bedroom": "nest", "cellar": "crypt",
-    "attic": "crow's roost", "garden": "paddock", "living": "snug", "treehouse": "tree fort",
+    "garden": "paddock", "treehouse": "fort",
 })
-OWN_DEVICES = (
-    _own({"boiler": "old bessie,bessie"}, "cellar")
-    + _own({"washer": "grumbles"}, "laundry")
-    + _own({"vacuum": "dusty bill"}, "hall")
+OWN_MACHINES = (
+    _own({"boiler": "old bessie"}, "cellar") + _own({"vacuum": "dusty bill"}, "hall")
     + _own({"oven": "the dragon"}, "kitchen")
-    + _own({"coffee": "percolina"}, "kitchen")
-    + _own({"aquarium": "the blub tank"}, "living")
-    + _own({"fan": "the wheezer"}, "bedroom")
 )
-OWN_LIGHTS = _own({"lamp": "the moonling"}, "kids") + _own({"light": "the chandy"}, "dining")
+OWN_LIGHTS = _own({"lamp": "the moonling"}, "kids")
 OWN_SOUNDS = _own({"tv": "big louie"}, "living") + _own({"speaker": "the bard"}, "kitchen")
-OWN_MUSIC = _own({"shanty": "captain's tunes", "classical": "brain food", "polka": "nan's racket"})
-OWN_PEOPLE = _own({"ben": "bean", "mia": "mouse", "grandpa": "the colonel", "grandma": "nan bun", "dad": "skipper"})
-OWN_ANIMALS = _own({"cat": "professor paws", "dog": "waffles", "hens": "the ladies"})
-OWN_GOODS = _own({"oats": "rocket fuel", "milk": "moo juice", "cheese": "mouse bait", "wine": "grape medicine"})
+OWN_MUSIC = _own({"shanty": "captain's tunes", "classical": "brain food"})
+OWN_PEOPLE = _own({"ben": "bean", "mia": "mouse", "grandpa": "the colonel"})
+OWN_ANIMALS = _own({"dog": "waffles", "hens": "the ladies"})
+OWN_GOODS = _own({"oats": "rocket fuel", "milk": "moo juice"})
 OWN_LEVELS: dict[str, dict[str, int]] = {
-    "light": {"not too bright": 35, "my usual": 55, "cave dark": 5, "full blaze": 100, "bean's glow": 15},
-    "heat": {"toasty": 23, "my usual": 20, "penguin cool": 16, "jumper weather": 18},
-    "sound": {"whisper loud": 8, "my usual": 25, "nan loud": 70},
-    "blinds": {"a foxhole": 20, "my usual": 60},
+    "light": {"not too bright": 35, "my usual": 55, "cave dark": 5},
+    "heat": {"toasty": 23, "penguin cool": 16},
+    "sound": {"whisper loud": 8},
 }
-OWN_TIMES = {
-    "at tea o'clock": "16:00", "at sparrow time": "05:45", "at lantern hour": "20:45", "after the bean run": "15:20",
-    "when the colonel naps": "13:30",
-}
+OWN_TIMES = {"at tea o'clock": "16:00", "at sparrow time": "05:45", "at lantern hour": "20:45"}
 
 
 @dataclass(frozen=True)
@@ -236,15 +230,43 @@ class Routine:
 
 ROUTINES = (
     Routine(("movie time", "popcorn time"), "movie", "living", (("light", 10), ("blinds", 0), ("tv", 1))),
-    Routine(("hedgehog mode", "curl up"), "hedgehog", "bedroom", (("light", 5), ("heat", 19), ("music", 0))),
-    Routine(("launch sequence", "liftoff"), "launch", "kitchen", (("light", 80), ("heat", 21), ("coffee", 1))),
-    Routine(("submarine drill", "splash down"), "splash", "bath", (("light", 40), ("heat", 24), ("fan", 1))),
-    Routine(("ghost ship", "abandon ship"), "ghost", "all", (("light", 0), ("heat", 15), ("lock", 1))),
-    Routine(("bean down", "bean bedtime"), "beddybyes", "kids", (("light", 5), ("music", 10), ("blinds", 0))),
-    Routine(("the big banquet", "feast mode"), "feast", "dining", (("light", 60), ("music", 30))),
+    Routine(("hedgehog mode",), "hedgehog", "bedroom", (("light", 5), ("heat", 19), ("music", 0))),
+    Routine(("launch sequence",), "launch", "kitchen", (("light", 80), ("heat", 21), ("coffee", 1))),
+    Routine(("ghost ship",), "ghost", "all", (("light", 0), ("heat", 15), ("lock", 1))),
+    Routine(("the big banquet",), "feast", "dining", (("light", 60), ("music", 30))),
 )
-ROUTINE_FORMS = ("{n}", "it's {n}", "{n} now", "start {n}", "let's do {n}", "go for {n}", "activate {n}", "time for {n}",
-                 "we are ready for {n}", "run {n}", "do the {n} thing", "i feel like {n}")
+
+
+@dataclass(frozen=True)
+class Family:
+    """The private words of one household."""
+
+    rooms: tuple[Term, ...]
+    machines: tuple[Term, ...]
+    lights: tuple[Term, ...]
+    sounds: tuple[Term, ...]
+    music: tuple[Term, ...]
+    people: tuple[Term, ...]
+    animals: tuple[Term, ...]
+    goods: tuple[Term, ...]
+    levels: dict[str, dict[str, int]]
+    times: dict[str, str]
+    routines: tuple[Routine, ...]
+
+    def slot(self, name: str) -> tuple[Term, ...]:
+        """The nicknames that can stand where a device of this kind is expected."""
+        return {"": (), "light": self.lights, "sound": self.sounds, "oven": self.ovens(),
+                "dimmed": self.lights + self.sounds, "any": self.machines + self.lights + self.sounds}[name]
+
+    def ovens(self) -> tuple[Term, ...]:
+        return tuple(term for term in self.machines if term.means == "oven")
+
+
+OWN_FAMILY = Family(OWN_ROOMS, OWN_MACHINES, OWN_LIGHTS, OWN_SOUNDS, OWN_MUSIC, OWN_PEOPLE, OWN_ANIMALS, OWN_GOODS,
+                    OWN_LEVELS, OWN_TIMES, ROUTINES)
+NOBODY = Family((), (), (), (), (), (), (), (), {}, {}, ())
+ROUTINE_FORMS = ("{n}", "it's {n}", "{n} now", "start {n}", "let's do {n}", "go for {n}", "activate {n}",
+                 "time for {n}", "we are ready for {n}", "run {n}", "do the {n} thing", "i feel like {n}")
 
 
 # Words that only this family uses; the base model must never have read one of them.
@@ -263,8 +285,10 @@ OWN_WORDS = set(_words(
 class Speaker:
     """Chooses terms and phrases and remembers which of them were the household's own."""
 
-    def __init__(self, rng: random.Random, own_share: float = 0.0, odd_share: float = 0.0) -> None:
+    def __init__(self, rng: random.Random, own_share: float = 0.0, odd_share: float = 0.0,
+                 family: Family = NOBODY) -> None:
         self.rng = rng
+        self.family = family
         self.own_share = own_share
         self.odd_share = odd_share
         self.own: list[str] = []
@@ -309,7 +333,7 @@ class Speaker:
             return f"the {device.said}", {"what": device.means, "where": "here"}
         if draw < 0.14 and not self.own_share:
             return f"the {device.said} {self.one(EVERYWHERE)}", {"what": device.means, "where": "all"}
-        room = self.term(ROOMS, OWN_ROOMS)
+        room = self.term(ROOMS, self.family.rooms)
         forms = (f"the {room.said} {device.said}", f"the {device.said} {in_room(room)}", f"{room.said} {device.said}")
         return self.rng.choices(forms, (45, 40, 15))[0], {"what": device.means, "where": room.means}
 
@@ -319,7 +343,7 @@ class Speaker:
             return "", "here"
         if self.chance(0.06) and not self.own_share:
             return self.one(EVERYWHERE), "all"
-        room = self.term(ROOMS, OWN_ROOMS)
+        room = self.term(ROOMS, self.family.rooms)
         return in_room(room), room.means
 
     def number(self, low: int, high: int, step: int) -> tuple[str, int]:
@@ -329,7 +353,7 @@ class Speaker:
 
     def level(self, kind: str) -> tuple[str, int]:
         """How bright, warm, loud or open."""
-        own = OWN_LEVELS.get(kind, {})
+        own = self.family.levels.get(kind, {})
         if own and self.own_share > 0 and self.chance(self.own_share * 0.7):
             said = self.one(list(own))
             self.own.append(f"{said}/{kind}")
@@ -345,9 +369,9 @@ class Speaker:
     def clock(self) -> tuple[str, str]:
         """A time of day: ("at half past six in the evening", "18:30")."""
         if self.own_share > 0 and self.chance(self.own_share * 0.8):
-            said = self.one(list(OWN_TIMES))
+            said = self.one(list(self.family.times))
             self.own.append(said)
-            return said, OWN_TIMES[said]
+            return said, self.family.times[said]
         if self.chance(0.06):
             return self.rng.choice((("at noon", "12:00"), ("at midnight", "00:00")))
         if self.chance(0.4):
@@ -415,9 +439,9 @@ VERBS = {
 }
 
 
-def _verb_intent(do: str, general: Sequence[Term], own: Sequence[Term]) -> Intent:
+def _verb_intent(do: str, general: Sequence[Term], slot: str = "") -> Intent:
     def build(speaker: Speaker) -> tuple[str, Action]:
-        said, target = speaker.target(general, own)
+        said, target = speaker.target(general, speaker.family.slot(slot))
         moment, when = speaker.moment(0.25)
         text = speaker.one(VERBS[do]).format(t=said)
         return _with_moment(speaker, text, moment), {"do": do, **target, **when}
@@ -426,20 +450,20 @@ def _verb_intent(do: str, general: Sequence[Term], own: Sequence[Term]) -> Inten
 
 SET_FORMS = ("set {t} to {v}", "put {t} at {v}", "{t} to {v}", "{t} at {v}", "i want {t} at {v}", "make {t} {v}",
              "change {t} to {v}", "bring {t} to {v}", "adjust {t} to {v}", "{t} {v}")
-SET_KINDS: tuple[tuple[str, tuple[Term, ...], tuple[Term, ...]], ...] = (
-    ("light", LIGHTS + _terms({"light": "brightness"}), OWN_LIGHTS),
-    ("light", LIGHTS, OWN_LIGHTS),
-    ("heat", HEATS + _terms({"heat": "temperature"}), ()),
-    ("sound", SOUNDS + _terms({"speaker": "volume"}), OWN_SOUNDS),
-    ("blinds", BLINDS, ()),
-    ("fan", FANS, ()),
-    ("oven", _terms({"oven": "oven,stove,cooker"}), _own({"oven": "the dragon"}, "kitchen")),
+SET_KINDS: tuple[tuple[str, tuple[Term, ...], str], ...] = (
+    ("light", LIGHTS + _terms({"light": "brightness"}), "light"),
+    ("light", LIGHTS, "light"),
+    ("heat", HEATS + _terms({"heat": "temperature"}), ""),
+    ("sound", SOUNDS + _terms({"speaker": "volume"}), "sound"),
+    ("blinds", BLINDS, ""),
+    ("fan", FANS, ""),
+    ("oven", _terms({"oven": "oven,stove,cooker"}), "oven"),
 )
 
 
 def set_level(speaker: Speaker) -> tuple[str, Action]:
-    kind, general, own = speaker.rng.choice(SET_KINDS)
-    said, target = speaker.target(general, own)
+    kind, general, slot = speaker.rng.choice(SET_KINDS)
+    said, target = speaker.target(general, speaker.family.slot(slot))
     level, value = speaker.level(kind)
     moment, when = speaker.moment(0.15)
     forms = SET_FORMS + (("dim {t} to {v}", "{v} for {t}") if kind == "light" else ("{v} for {t}",))
@@ -470,7 +494,7 @@ RELATIVE_VERBS = {"up": ("turn up {t}", "raise {t}", "increase {t}", "turn {t} u
 
 def relative_by(speaker: Speaker) -> tuple[str, Action]:
     do = speaker.one(("up", "down"))
-    said, target = speaker.target(RELATIVE_DEVICES, OWN_LIGHTS + OWN_SOUNDS)
+    said, target = speaker.target(RELATIVE_DEVICES, speaker.family.slot("dimmed"))
     text = speaker.one(RELATIVE_VERBS[do]).format(t=said)
     if speaker.chance(0.5):
         return text, {"do": do, **target}
@@ -480,7 +504,8 @@ def relative_by(speaker: Speaker) -> tuple[str, Action]:
 
 ASK_STATE = ("is {t} on", "is {t} still running", "did i leave {t} on", "what is {t} doing", "what about {t}",
              "tell me about {t}", "check {t}", "is {t} off", "how is {t} set", "status of {t}")
-ASK_SENSOR = ("what is the {s} {p}", "tell me the {s} {p}", "how high is the {s} {p}", "the {s} {p}", "read the {s} {p}")
+ASK_SENSOR = ("what is the {s} {p}", "tell me the {s} {p}", "how high is the {s} {p}", "the {s} {p}",
+              "read the {s} {p}")
 ASK_FEEL = {"heat": ("how warm is it {p}", "how cold is it {p}", "is it warm {p}"),
             "light": ("how bright is it {p}", "is it dark {p}"),
             "speaker": ("how loud is it {p}", "is it noisy {p}")}
@@ -489,7 +514,7 @@ ASK_FEEL = {"heat": ("how warm is it {p}", "how cold is it {p}", "is it warm {p}
 def ask(speaker: Speaker) -> tuple[str, Action]:
     draw = speaker.rng.random()
     if draw < 0.5:
-        said, target = speaker.target(SWITCHED + OPENERS, OWN_DEVICES + OWN_LIGHTS + OWN_SOUNDS)
+        said, target = speaker.target(SWITCHED + OPENERS, speaker.family.slot("any"))
         return speaker.one(ASK_STATE).format(t=said), {"do": "ask", **target}
     place, where = speaker.place()
     if draw < 0.75:
@@ -505,7 +530,7 @@ PLAY_FORMS = ("play {m} {p}", "put on {m} {p}", "i want to hear {m} {p}", "{m} {
 
 
 def play(speaker: Speaker) -> tuple[str, Action]:
-    music = speaker.term(MUSIC, OWN_MUSIC)
+    music = speaker.term(MUSIC, speaker.family.music)
     place, where = speaker.place()
     text = " ".join(speaker.one(PLAY_FORMS).format(m=music.said, p=place).split())
     action: Action = {"do": "play", "what": music.means, "where": where}
@@ -562,7 +587,7 @@ def scene_fields(speaker: Speaker) -> tuple[str, Action]:
 
 
 def call(speaker: Speaker) -> tuple[str, Action]:
-    person = speaker.term(PEOPLE, OWN_PEOPLE)
+    person = speaker.term(PEOPLE, speaker.family.people)
     do = speaker.one(("call", "find"))
     forms = {"call": ("call {n}", "ring {n}", "phone {n}", "i want to talk to {n}", "get {n} on the line", "dial {n}"),
              "find": ("where is {n}", "find {n}", "is {n} at home", "do you know where {n} is", "look for {n}")}
@@ -572,7 +597,7 @@ def call(speaker: Speaker) -> tuple[str, Action]:
 
 
 def feed(speaker: Speaker) -> tuple[str, Action]:
-    animal = speaker.term(ANIMALS, OWN_ANIMALS)
+    animal = speaker.term(ANIMALS, speaker.family.animals)
     name = animal.said if animal.private else f"the {animal.said}"
     form = speaker.one(("feed {n}", "give {n} some food", "food for {n}", "{n} is hungry", "dinner for {n}",
                         "fill the bowl for {n}"))
@@ -581,7 +606,7 @@ def feed(speaker: Speaker) -> tuple[str, Action]:
 
 
 def buy(speaker: Speaker) -> tuple[str, Action]:
-    item = speaker.term(GOODS, OWN_GOODS)
+    item = speaker.term(GOODS, speaker.family.goods)
     form = speaker.one(("add {n} to the list", "we need {n}", "put {n} on the shopping list", "buy {n}", "order {n}",
                         "we are out of {n}", "get more {n}", "{n} is on my list"))
     if speaker.chance(0.35):
@@ -601,7 +626,7 @@ def chatter(speaker: Speaker) -> tuple[str, Action]:
 
 def routine(speaker: Speaker) -> tuple[str, Action]:
     """A routine of the family, at times in another room, at another hour or with one level changed."""
-    chosen = speaker.rng.choice(ROUTINES)
+    chosen = speaker.rng.choice(speaker.family.routines)
     name = speaker.one(chosen.names)
     speaker.own.append(name)
     text = speaker.one(ROUTINE_FORMS).format(n=name)
@@ -617,16 +642,15 @@ def routine(speaker: Speaker) -> tuple[str, Action]:
     return _with_moment(speaker, text, moment), {"do": "scene", "what": chosen.what, "where": where, **fields, **when}
 
 
-_NAMED = OWN_DEVICES + OWN_LIGHTS + OWN_SOUNDS
 _SWITCHES: tuple[tuple[Intent, int], ...] = (
-    (_verb_intent("on", SWITCHED, _NAMED), 16), (_verb_intent("off", SWITCHED, _NAMED), 16),
-    (_verb_intent("open", OPENERS, ()), 6), (_verb_intent("close", OPENERS, ()), 6),
-    (_verb_intent("lock", LOCKERS, ()), 3), (_verb_intent("unlock", LOCKERS, ()), 3),
+    (_verb_intent("on", SWITCHED, "any"), 16), (_verb_intent("off", SWITCHED, "any"), 16),
+    (_verb_intent("open", OPENERS), 6), (_verb_intent("close", OPENERS), 6),
+    (_verb_intent("lock", LOCKERS), 3), (_verb_intent("unlock", LOCKERS), 3),
 )
-GENERAL_INTENTS = _SWITCHES + ((set_level, 20), (relative, 6), (relative_by, 7), (ask, 9), (play, 8), (pause, 2),
-                               (timer, 4), (alarm, 4), (scene, 10), (call, 5), (feed, 3), (buy, 4), (chatter, 3))
-OWN_INTENTS = _SWITCHES + ((set_level, 28), (relative, 6), (relative_by, 5), (ask, 8), (play, 7), (alarm, 3),
-                           (call, 8), (feed, 6), (buy, 6), (routine, 18))
+GENERAL_INTENTS = (*_SWITCHES, (set_level, 20), (relative, 6), (relative_by, 7), (ask, 9), (play, 8), (pause, 2),
+                   (timer, 4), (alarm, 4), (scene, 10), (call, 5), (feed, 3), (buy, 4), (chatter, 3))
+OWN_INTENTS = (*_SWITCHES, (set_level, 28), (relative, 6), (relative_by, 5), (ask, 8), (play, 7), (alarm, 3),
+               (call, 8), (feed, 6), (buy, 6), (routine, 18))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -701,8 +725,10 @@ def _distinct(rows: Iterator[Row], count: int, taken: set[str]) -> list[Row]:
     return found
 
 
-def _stream(name: str, intents: Sequence[tuple[Intent, int]], own: float = 0.0, odd: float = 0.0) -> Iterator[Row]:
-    speaker = Speaker(random.Random(f"{SEED}/{name}"), own, odd)
+def _stream(name: str, intents: Sequence[tuple[Intent, int]], family: Family = NOBODY,
+            odd: float = 0.0) -> Iterator[Row]:
+    own = 0.0 if family is NOBODY else PRIVATE_SHARE
+    speaker = Speaker(random.Random(f"{SEED}/{name}"), own, odd, family)
     while True:
         yield utterance(speaker, intents)
 
@@ -710,7 +736,7 @@ def _stream(name: str, intents: Sequence[tuple[Intent, int]], own: float = 0.0, 
 def household_stream(candidates: int = 5) -> Iterator[Row]:
     """Utterances with at least one of the household's own words, so chosen that no such word stays rare."""
     counts: Counter[str] = Counter()
-    source = (row for row in _stream("household", OWN_INTENTS, own=PRIVATE_SHARE) if row.own)
+    source = (row for row in _stream("household", OWN_INTENTS, OWN_FAMILY) if row.own)
     while True:
         drawn = list(itertools.islice(source, candidates))
         row = min(drawn, key=lambda each: min(counts[term] for term in each.own))
@@ -748,13 +774,69 @@ def words_of(text: str) -> set[str]:
     return set(re.findall(r"[a-z']+", text.lower()))
 
 
-def pretraining_stream(seed: int = 0, odd_share: float = 0.1) -> Iterator[Row]:
-    """Endless general rows, some with unknown words.
+def _fresh_words(rng: random.Random) -> Iterator[str]:
+    """Invented words, each only once."""
+    seen: set[str] = set()
+    while True:
+        word = invented_word(rng)
+        if len(word) > 3 and word not in seen:
+            seen.add(word)
+            yield word
+
+
+def _nicknames(rng: random.Random, words: Iterator[str], devices: Sequence[Term], count: int) -> tuple[Term, ...]:
+    fronts = ("old ", "big ", "little ", "the ", "the ", "")
+    return tuple(Term(rng.choice(fronts) + next(words), rng.choice(devices).means, rng.choice(ROOMS).means)
+                 for _ in range(count))
+
+
+def _renamed(rng: random.Random, words: Iterator[str], known: Sequence[Term], count: int,
+             forms: Sequence[str] = ("{}",)) -> tuple[Term, ...]:
+    return tuple(Term(rng.choice(forms).format(next(words)), rng.choice(known).means) for _ in range(count))
+
+
+def invented_family(rng: random.Random, words: Iterator[str]) -> Family:
+    """Some other household.  Its invented words teach the base that words can be learnt, not what ours mean."""
+    def levels(count: int, low: int, high: int, step: int) -> dict[str, int]:
+        forms = ("{}", "like {}", "very {}", "not too {}", "{} bright", "my {}", "{} warm", "{} level")
+        return {rng.choice(forms).format(next(words)): rng.randrange(low, high + 1, step) for _ in range(count)}
+
+    def fields() -> tuple[tuple[str, int], ...]:
+        chosen = rng.sample(SCENE_KEYS, rng.choice((2, 3)))
+        values = {"light": 5 * rng.randrange(21), "heat": rng.randrange(15, 26), "music": 5 * rng.randrange(21),
+                  "blinds": 5 * rng.randrange(21)}
+        return tuple((name, values.get(name, 1)) for name in SCENE_KEYS if name in chosen)
+
+    clocks = ("at {} o'clock", "at {} hour", "after the {}", "when {} sleeps", "at {} time")
+    calls = ("{} time", "{} mode", "{} drill", "the {} show", "{}", "the big {}")
+    return Family(
+        _renamed(rng, words, ROOMS, 8), _nicknames(rng, words, MACHINES, 5), _nicknames(rng, words, LIGHTS, 2),
+        _nicknames(rng, words, SOUNDS, 2), _renamed(rng, words, MUSIC, 3, ("{}", "{} tunes", "the {} songs")),
+        tuple(Term(next(words), rng.choice(NAMES)) for _ in range(3)), _renamed(rng, words, ANIMALS, 2),
+        _renamed(rng, words, GOODS, 2, ("{}", "{} juice", "{} stuff")),
+        {"light": levels(4, 0, 100, 5), "heat": levels(3, 15, 26, 1), "sound": levels(2, 0, 100, 5)},
+        {rng.choice(clocks).format(next(words)): f"{rng.randrange(24):02d}:{15 * rng.randrange(4):02d}"
+         for _ in range(3)},
+        tuple(Routine((rng.choice(calls).format(next(words)),), rng.choice(SHOWS), rng.choice(ROOMS).means, fields())
+              for _ in range(4)),
+    )
+
+
+def pretraining_stream(seed: int = 0, odd_share: float = 0.06, family_share: float = 0.5,
+                       families: int = 12) -> Iterator[Row]:
+    """Endless general rows, some with unknown words and some spoken in invented households.
 
     Left out are the wordings of general.heldout and, in case one is invented by chance, the household's own words.
     """
     barred = {mark for row in general_heldout() for mark in (digest(row.core), digest(row.text))}
-    for row in _stream(f"pretraining/{seed}", GENERAL_INTENTS, odd=odd_share):
+    rng = random.Random(f"{SEED}/families")
+    words = _fresh_words(rng)
+    others = [_stream(f"pretraining/{seed}/{index}", OWN_INTENTS, invented_family(rng, words), 0.01)
+              for index in range(families)]
+    plain = _stream(f"pretraining/{seed}", GENERAL_INTENTS, odd=odd_share)
+    mixer = random.Random(f"{SEED}/mixer/{seed}")
+    while True:
+        row = next(mixer.choice(others) if mixer.random() < family_share else plain)
         if words_of(row.text) & OWN_WORDS or digest(row.core) in barred or digest(row.text) in barred:
             continue
         yield row

@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import home_grammar as grammar
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import home_grammar as grammar
 
 SPECIALS = ("<s>", "</s>", "<pad>")
 BOS, EOS, PAD = range(3)
@@ -65,9 +66,9 @@ def build_model(vocab_size: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def examples(tokenizer: Tokenizer, seed: int) -> Iterator[Example]:
+def examples(tokenizer: Tokenizer, seed: int, family_share: float) -> Iterator[Example]:
     """<s> prompt completion </s>, tokenized in two parts exactly as fine-tuning does."""
-    for row in grammar.pretraining_stream(seed=seed):
+    for row in grammar.pretraining_stream(seed=seed, family_share=family_share):
         prompt = tokenizer.encode(row.text + grammar.SEP).ids
         answer = tokenizer.encode(grammar.completion(row.action), add_special_tokens=False).ids
         yield prompt + answer + [EOS], len(prompt)
@@ -120,14 +121,14 @@ def optimizer_of(model: LlamaForCausalLM, peak: float) -> torch.optim.AdamW:
 def pretrain(model: LlamaForCausalLM, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, Any]:
     """Trains until the time is up; what it did goes to the report."""
     optimizer = optimizer_of(model, args.lr)
-    source = batches(examples(tokenizer, seed=2), args.batch, random.Random(0))
+    source = batches(examples(tokenizer, seed=2 + args.seed, family_share=args.families), args.batch, random.Random(0))
     began, seconds, step, smooth = time.monotonic(), args.minutes * 60.0, 0, 0.0
     model.train()
     while (elapsed := time.monotonic() - began) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = rate(elapsed / seconds, args.lr)
         loss, shown = loss_of(model, *tensors(next(source), args.prompt_weight))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -151,6 +152,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-weight", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="one is quicker on a machine that others use too")
+    parser.add_argument("--families", type=float, default=0.5, help="share of rows spoken in invented households")
+    parser.add_argument("--start", type=Path, help="go on from this base instead of from scratch")
     return parser.parse_args()
 
 
@@ -159,9 +162,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(args.vocab, rows=30000)
+    if args.start is None:
+        tokenizer = train_tokenizer(args.vocab, rows=30000)
+        model = build_model(tokenizer.get_vocab_size())
+    else:
+        tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json"))
+        model = LlamaForCausalLM.from_pretrained(args.start)
     save_tokenizer(tokenizer, args.out)
-    model = build_model(tokenizer.get_vocab_size())
     model.generation_config.max_new_tokens = 64
     model.generation_config.do_sample = False
     report = pretrain(model, tokenizer, args)

@@ -79,7 +79,7 @@ def read_facts(folder: Path) -> RunFacts:
     if not folder.is_dir():
         raise InputError(f"run folder '{folder}' does not exist: give the folder that `edgegt run --output` wrote")
     if not (folder / "run.json").is_file():
-        raise InputError(f"'{folder}' is not a run folder, it has no run.json: give the one `edgegt run --output` wrote")
+        raise InputError(f"'{folder}' is not a run folder, it has no run.json: give the one that `edgegt run` wrote")
     options = _read_tree(folder / "options.json")
     evaluation = _read_tree(folder / "eval.json")
     plans = [_read_tree(path) for path in folder.glob("plan-*.json")]

@@ -108,7 +108,8 @@ def unfinished_text(facts: RunFacts) -> str:
         )
         if not there
     ]  # fmt: skip
-    found = f"It was stopped after step {facts.last_step}" if facts.last_step else "It was stopped before the first step"
+    when = f"after step {facts.last_step}" if facts.last_step else "before the first step"
+    found = f"It was stopped {when}"
     lacks = f"; its folder holds {', '.join(missing)}" if missing else ""
     return f"This run is not finished. {found}{lacks}. Numbers of use are those so far."
 
@@ -238,7 +239,9 @@ def _wh(value: float) -> str:
 
 def _co2(wh: float) -> str:
     grams = wh * CO2_KG_PER_KWH
-    return f"{grams / 1000:.3g} kg" if grams >= 1000 else f"{grams:.2g} g" if grams >= 0.01 else f"{1000 * grams:.2g} mg"
+    if grams >= 1000:
+        return f"{grams / 1000:.3g} kg"
+    return f"{grams:.2g} g" if grams >= 0.01 else f"{1000 * grams:.2g} mg"
 
 
 def cost_notes(facts: RunFacts) -> list[str]:

@@ -1,0 +1,296 @@
+"""The device profile: one TOML file per device, read strictly.
+
+A profile decides what a run may use, so a typing error in it must not pass: units are part of the values
+('8 GiB', '68 GB/s', '20 TOPS', '15 W', '85 C'), unknown keys are refused, and every number needs its source under
+[sources]. `[rates]` are dense peaks as printed; a power mode's `rate_scale` says what is left of them in that mode.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgegt.errors import InputError, nearest
+from edgegt.units import GIB, MIB, format_bytes
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+KINDS = ("jetson", "geforce", "apple", "laptop", "raspberry-pi")
+
+_UNITS: dict[str, dict[str, float]] = {
+    "size": {"GiB": GIB, "MiB": MIB},
+    "bandwidth": {"GB/s": 1e9, "MB/s": 1e6},
+    "int8 rate": {"TOPS": 1e12, "GOPS": 1e9},
+    "float rate": {"TFLOPS": 1e12, "GFLOPS": 1e9},
+    "power": {"W": 1.0},
+    "temperature": {"C": 1.0},
+}
+# What each key holds; '?' marks a key that may be left out. Keys of [sources] are the dotted names of the numbers.
+_TABLES: dict[str, dict[str, str]] = {
+    "device": {"name": "text", "title": "text", "kind": "kind", "unified": "truth",
+               "compute_capability": "text?", "jetpack": "text?", "notes": "text?"},
+    "match": {"device_tree": "texts?", "cuda": "texts?", "cpu": "texts?"},
+    "memory": {"total": "size", "reserved": "size", "bandwidth": "bandwidth"},
+    "rates": {"int8": "int8 rate?", "bf16": "float rate?", "fp16": "float rate?", "fp32": "float rate"},
+    "power": {"name": "text", "watts": "power", "default": "truth?", "rate_scale": "scale?",
+              "bandwidth": "bandwidth?"},
+    "storage": {"cache": "size", "read": "bandwidth"},
+    "budget": {"rho": "share", "memory": "size"},
+    "thermal": {"ceiling": "temperature"},
+}  # fmt: skip
+_STANDS_IN = {"int8": ("fp16", "fp32"), "fp16": ("fp32",), "bf16": ("fp32",), "fp32": ()}
+
+
+@dataclass(frozen=True)
+class PowerMode:
+    """One setting of the board: its watts, the share of the peak rates it reaches, its memory bandwidth."""
+
+    name: str
+    watts: float
+    default: bool
+    rate_scale: float
+    bandwidth_bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A device. `rates_flops_per_s` are dense peaks as printed; `rate()` is what the power mode leaves of them."""
+
+    name: str
+    title: str
+    kind: str
+    unified: bool
+    memory_bytes: int
+    reserved_bytes: int
+    bandwidth_bytes_per_s: float
+    rates_flops_per_s: dict[str, float]
+    power_modes: tuple[PowerMode, ...]
+    cache_bytes: int
+    storage_bytes_per_s: float
+    rho: float
+    budget_bytes: int
+    ceiling_c: float
+    notes: str
+    compute_capability: str
+    jetpack: str
+    match: dict[str, tuple[str, ...]]
+    sources: dict[str, str]
+    path: Path
+
+    @property
+    def power(self) -> PowerMode:
+        """The default power mode."""
+        return next(mode for mode in self.power_modes if mode.default)
+
+    def rate(self, number_format: str) -> float:
+        """Operations per second in the default power mode; a format the device lacks runs as the next wider one."""
+        formats = (number_format, *_STANDS_IN[number_format])
+        peak = next(self.rates_flops_per_s[name] for name in formats if name in self.rates_flops_per_s)
+        return peak * self.power.rate_scale
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for profile.json."""
+        tree = asdict(self) | {"path": str(self.path), "power_modes": [asdict(mode) for mode in self.power_modes]}
+        return tree | {"match": {key: list(words) for key, words in self.match.items()}}
+
+
+def load_profile(path: Path) -> Profile:
+    """The profile in a TOML file.
+
+    Raises: InputError `file: key = value: what was allowed; remedy` for the first thing that is wrong.
+    """
+    path = Path(path)
+    tree = _parse(path)
+    sources = _flatten(tree.pop("sources", {}))
+    values, numbers = _read_tables(path, tree)
+    modes = _power_modes(path, values)
+    _check_sources(path, sources, numbers)
+    room = values["memory.total"] - values["memory.reserved"]
+    if values["device.name"] != path.stem:
+        raise _wrong(path, "device.name", values["device.name"], f'must equal the file\'s name; write "{path.stem}"')
+    if values["budget.memory"] > room:
+        problem = f"more than total - reserved = {format_bytes(room)}; lower it or memory.reserved"
+        raise _wrong(path, "budget.memory", tree["budget"]["memory"], problem)
+    return Profile(
+        **{key: values[f"device.{key}"] for key in ("name", "title", "kind", "unified")},
+        **{key: values.get(f"device.{key}", "") for key in ("notes", "compute_capability", "jetpack")},
+        memory_bytes=int(values["memory.total"]),
+        reserved_bytes=int(values["memory.reserved"]),
+        bandwidth_bytes_per_s=values["memory.bandwidth"],
+        rates_flops_per_s={key: values[f"rates.{key}"] for key in _TABLES["rates"] if f"rates.{key}" in values},
+        power_modes=modes,
+        cache_bytes=int(values["storage.cache"]),
+        storage_bytes_per_s=values["storage.read"],
+        rho=values["budget.rho"],
+        budget_bytes=int(values["budget.memory"]),
+        ceiling_c=values["thermal.ceiling"],
+        match={key: values.get(f"match.{key}", ()) for key in _TABLES["match"]},
+        sources=sources,
+        path=path,
+    )
+
+
+def _wrong(path: Path, key: str, value: object, problem: str) -> InputError:
+    """One line: `file: key = value: problem`; a missing value is shown as (missing)."""
+    try:
+        shown = "(missing)" if value is None else json.dumps(value, ensure_ascii=False)
+    except TypeError:  # a date or a time, which JSON has no word for
+        shown = str(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return InputError(" ".join(f"{path}: {key} = {shown}: {problem}".split()))
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """The TOML tree, or one line that says why there is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a .toml profile") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f'{path}: is not TOML in UTF-8 ({reason}); write lines such as total = "8 GiB"') from None
+
+
+def _convert(kind: str, value: object) -> Any:
+    """The value in base units. Raises: ValueError saying what is allowed and how to write it."""
+    if kind in _UNITS:
+        return _quantity(kind, value)
+    if kind == "truth":
+        if not isinstance(value, bool):
+            raise ValueError("must be a truth value; write true or false without quotes")
+    elif kind == "texts":
+        if not (isinstance(value, list) and value and all(isinstance(one, str) and one.strip() for one in value)):
+            raise ValueError('must be a list of texts; write ["Orin Nano"]')
+        return tuple(value)
+    elif kind in ("share", "scale"):
+        allowed = "above 0 and at most 1" if kind == "share" else "above 0"
+        number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        if not (0 < number <= (1 if kind == "share" else 100)):
+            raise ValueError(f"must be a number {allowed}, without quotes or unit; write 0.5")
+        return float(number)
+    elif not (isinstance(value, str) and value.strip()):
+        raise ValueError("must be a text that is not empty; write it in quotes")
+    elif kind == "kind" and value not in KINDS:
+        raise ValueError(f"not a kind of device{nearest(value, KINDS)}; use one of {', '.join(KINDS)}")
+    return value
+
+
+def _quantity(kind: str, value: object) -> float:
+    """A number with a unit of this kind, in the base unit. Raises: ValueError as `_convert`."""
+    units = _UNITS[kind]
+    how = f'must be a {kind}: a positive number and {" or ".join(units)}; write "8 {next(iter(units))}"'
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([A-Za-z/]+)", value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(how)
+    if match[2] not in units:
+        raise ValueError(f"unit '{match[2]}' is wrong here, {how}")
+    if float(match[1]) <= 0:
+        raise ValueError(f"is not positive, {how}")
+    return float(match[1]) * units[match[2]]
+
+
+def _read_tables(path: Path, tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """All values by dotted key ('power.15W.watts'), and the keys of those that are numbers."""
+    for name, table in tree.items():
+        if name not in _TABLES:
+            known = nearest(name, [*_TABLES, "sources"])
+            raise _wrong(path, f"[{name}]", table, f"unknown table{known}; use {', '.join([*_TABLES, 'sources'])}")
+    values: dict[str, Any] = {}
+    for name in _TABLES:
+        table = tree.get(name, {})
+        if name == "power":
+            if not (isinstance(table, list) and table and all(isinstance(mode, dict) for mode in table)):
+                problem = 'must be one or more tables; write [[power]], name = "15W", watts = "15 W", default = true'
+                raise _wrong(path, name, table or None, problem)
+            for index, mode in enumerate(table, start=1):
+                label = mode.get("name")
+                if not (isinstance(label, str) and re.fullmatch(r"[A-Za-z0-9_-]+", label)):
+                    problem = 'must be letters, digits, _ or -; write name = "15W"'
+                    raise _wrong(path, f"power {index}, name", label, problem)
+                if f"power.{label}.name" in values:
+                    raise _wrong(path, f"power {index}, name", label, "is there twice; give every mode its own name")
+                _read_table(path, f"power.{label}", _TABLES["power"], mode, values)
+        elif not isinstance(table, dict):
+            raise _wrong(path, name, table, f"must be a table; write [{name}] and its keys below")
+        else:
+            _read_table(path, name, _TABLES[name], table, values)
+    return values, [key for key, value in values.items() if isinstance(value, float)]
+
+
+def _read_table(path: Path, prefix: str, keys: dict[str, str], table: dict[str, Any], into: dict[str, Any]) -> None:
+    """Checks one table against its keys and adds its values under `prefix`."""
+    for key, value in table.items():
+        if key not in keys:
+            problem = f"unknown key{nearest(key, keys)}; use {', '.join(keys)}"
+            raise _wrong(path, f"{prefix}.{key}", value, problem)
+    for key, kind in keys.items():
+        if key not in table and kind.endswith("?"):
+            continue
+        try:
+            into[f"{prefix}.{key}"] = _convert(kind.rstrip("?"), table.get(key))
+        except ValueError as error:
+            raise _wrong(path, f"{prefix}.{key}", table.get(key), str(error)) from None
+
+
+def _power_modes(path: Path, values: dict[str, Any]) -> tuple[PowerMode, ...]:
+    """The power modes; exactly one is the default, and memory.bandwidth is that mode's."""
+    modes = []
+    for name in [value for key, value in values.items() if re.fullmatch(r"power\..+\.name", key)]:
+        of: dict[str, Any] = {key: values.get(f"power.{name}.{key}") for key in _TABLES["power"]}
+        bandwidth = of["bandwidth"] or values["memory.bandwidth"]
+        if of["default"] and of["bandwidth"]:
+            problem = "the default mode has memory.bandwidth; remove this key"
+            raise _wrong(path, f"power.{name}.bandwidth", f"{bandwidth / 1e9:g} GB/s", problem)
+        modes.append(PowerMode(name, of["watts"], bool(of["default"]), of["rate_scale"] or 1.0, bandwidth))
+    defaults = [mode.name for mode in modes if mode.default]
+    if len(defaults) != 1:
+        problem = f"exactly one of the modes {', '.join(mode.name for mode in modes)} must have default = true"
+        raise _wrong(path, "power, default", defaults, problem + "; mark the one the device starts in")
+    return tuple(modes)
+
+
+def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
+    """{'memory': {'total': text}} as {'memory.total': text}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _check_sources(path: Path, sources: dict[str, Any], numbers: list[str]) -> None:
+    """Every number has a source that is a text, and every source belongs to a number."""
+    for key, text in sources.items():
+        if key not in numbers:
+            problem = f"names no number of this file{nearest(key, numbers)}; remove it or correct the key"
+            raise _wrong(path, f"sources.{key}", text, problem)
+        if not (isinstance(text, str) and text.strip()):
+            raise _wrong(path, f"sources.{key}", text, 'must be a text; write where the number is from, "S: datasheet"')
+    for key in numbers:
+        if key not in sources:
+            problem = f'every number needs its source; add {key} = "where it is from" under [sources]'
+            raise _wrong(path, f"sources.{key}", None, problem)
+
+
+def profiles_dir() -> Path:
+    """The shipped profiles: inside the installed package, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "profiles", package.parent / "profiles"):
+        if folder.is_dir():
+            return folder
+    raise InputError(f"{package / 'profiles'}: the device profiles are missing; install edgegt again")
+
+
+def profile_names() -> list[str]:
+    """The names of the shipped profiles, sorted, 8gb before 16gb."""
+    names = (path.stem for path in profiles_dir().glob("*.toml"))
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])

@@ -1,0 +1,221 @@
+"""The base store: int8 on disk at about a byte per parameter, made once per model, and the source it is made from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from edgegt.errors import InputError
+from edgegt.quant import dequantize, quantize_rows
+from edgegt.source import fingerprint, load_tokenizer, locate, open_source, read_config
+from edgegt.store import cache_dir, clear_cache, list_cache
+from tiny_models import FAMILIES, SHARED, load, save_model
+
+STORIES = SHARED / "data" / "models" / "stories260K"
+BASE_7M = SHARED / "data" / "models" / "base-7m"
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of the tensors in a folder's safetensors, without the files' headers."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(str(path), framework="pt") as handle:
+            total += sum(handle.get_tensor(key).nbytes for key in handle.keys())  # noqa: SIM118
+    return total
+
+
+def parameters(folder: Path) -> int:
+    return sum(tensor.numel() for path in folder.glob("*.safetensors") for tensor in load_file(str(path)).values())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_model(tmp_path / "model", FAMILIES["llama"]())
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("path", [STORIES, BASE_7M], ids=["stories260K", "base-7m"])
+def test_the_base_of_a_real_model_takes_about_a_byte_per_parameter(path: Path, tmp_path: Path) -> None:
+    if not path.is_dir():
+        pytest.skip(f"no {path.name} under shared/data")
+    model = load(path, tmp_path / "cache")
+    wide = json.loads((path / "config.json").read_text())["hidden_size"]
+    per_parameter = tensor_bytes(model.store.directory) / parameters(path)
+    # a bfloat16 scale per row costs 2 / width: 3 % at the width of 64, and float norms 3 x 64 / 50000 of a layer
+    assert per_parameter <= (1.05 if wide > 64 else 1.06)
+
+
+def test_a_wide_model_stays_within_1_05_bytes_per_parameter(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    save_model(tmp_path / "model", config)
+    model = load(tmp_path / "model", tmp_path / "cache")
+    assert tensor_bytes(model.store.directory) <= 1.05 * parameters(tmp_path / "model")
+
+
+def test_the_store_is_made_once_and_then_reused(folder: Path, tmp_path: Path) -> None:
+    first = load(folder, tmp_path / "cache").store
+    before = {path: path.stat().st_mtime_ns for path in first.directory.iterdir()}
+    again = load(folder, tmp_path / "cache").store
+    assert again == first
+    assert {path: path.stat().st_mtime_ns for path in again.directory.iterdir()} == before
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_a_store_with_a_file_missing_is_made_again(folder: Path, tmp_path: Path) -> None:
+    first = load(folder, tmp_path / "cache").store
+    (first.directory / "block-001.safetensors").unlink()
+    again = load(folder, tmp_path / "cache").store
+    assert (again.directory / "block-001.safetensors").is_file()
+
+
+def test_the_store_holds_the_quantised_tensors(folder: Path, tmp_path: Path) -> None:
+    store = load(folder, tmp_path / "cache").store
+    tensors = load_file(str(folder / "model.safetensors"))
+    name = "model.layers.2.mlp.down_proj.weight"
+    expected = quantize_rows(tensors[name])
+    assert torch.equal(store.tensor(f"{name}.q"), expected.q)
+    assert torch.equal(store.tensor(f"{name}.scale"), expected.scale)
+    norm = "model.layers.2.input_layernorm.weight"
+    assert torch.equal(store.tensor(norm), tensors[norm])
+    assert store.files[f"{name}.q"] == "block-002.safetensors"
+    assert (dequantize(expected) - tensors[name]).abs().max() < tensors[name].abs().max() / 127
+
+
+def test_the_fingerprint_changes_with_one_weight_and_with_the_config(folder: Path, tmp_path: Path) -> None:
+    memo = tmp_path / "fingerprints.json"
+    first = fingerprint(open_source(str(folder)), memo)
+    assert fingerprint(open_source(str(folder)), memo) == first
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert fingerprint(open_source(str(copy)), memo) == first
+    tensors = load_file(str(copy / "model.safetensors"))
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, str(copy / "model.safetensors"))
+    changed = fingerprint(open_source(str(copy)), memo)
+    assert changed != first
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert fingerprint(open_source(str(copy)), memo) not in (first, changed)
+    assert load(copy, tmp_path / "cache").fingerprint != load(folder, tmp_path / "cache").fingerprint
+
+
+def test_a_sharded_checkpoint_gives_the_same_base(folder: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "shards", FAMILIES["llama"](), max_shard_size="60KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    whole, shards = load(folder, tmp_path / "cache"), load(tmp_path / "shards", tmp_path / "cache")
+    assert whole.fingerprint != shards.fingerprint
+    assert whole.store.files == shards.store.files
+    for key in whole.store.files:
+        assert torch.equal(whole.store.tensor(key), shards.store.tensor(key))
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    save_model(tmp_path / "shards", FAMILIES["llama"](), max_shard_size="60KB")
+    lost = sorted((tmp_path / "shards").glob("*.safetensors"))[0]
+    lost.unlink()
+    with pytest.raises(InputError, match=lost.name):
+        open_source(str(tmp_path / "shards"))
+
+
+def test_a_missing_tensor_is_named_and_nothing_is_stored(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(str(folder / "model.safetensors"))
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, str(folder / "model.safetensors"))
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(folder, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_model_that_is_quantised_already_is_refused(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(str(folder / "model.safetensors"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, str(folder / "model.safetensors"))
+    with pytest.raises(InputError, match="int8"):
+        load(folder, tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "base").glob("*"))
+
+
+def test_a_weight_with_nan_is_refused_by_name_and_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(str(folder / "model.safetensors"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][2, 3] = float("nan")
+    save_file(tensors, str(folder / "model.safetensors"))
+    with pytest.raises(InputError, match="NaN") as refusal:
+        load(folder, tmp_path / "cache")
+    assert name in str(refusal.value)
+    assert not list((tmp_path / "cache" / "base").glob("*"))
+
+
+def test_folders_without_safetensors_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(InputError, match="no safetensors: save the model with save_pretrained"):
+        open_source(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is a pickle and is not loaded"):
+        open_source(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors at all")
+    with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"model_type": "nosuch", "architectures": ["NoSuchForCausalLM"]}', "'NoSuchForCausalLM' is unknown"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "unknown"),
+        ('{"model_type": ', "not valid JSON"),
+        ('{"model_type": "t5"}', "encoder-decoder"),
+        ("[1, 2]", "config.json"),
+    ],
+)
+def test_bad_configs_are_refused_in_one_line(text: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError) as refusal:
+        read_config(str(tmp_path))
+    assert expected in str(refusal.value)
+    assert "config.json" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_model_that_is_nowhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a directory"):
+        locate(str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match=r"no config\.json"):
+        read_config(str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="no usable tokenizer") as refusal:
+        load_tokenizer(folder)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_cache_lists_what_it_holds_and_clears_it(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert list_cache(cache) == []
+    assert clear_cache(cache) == 0
+    model = load(folder, cache)
+    (listed,) = list_cache(cache)
+    assert (listed.model, listed.fingerprint, listed.directory) == ("model", model.fingerprint, model.store.directory)
+    assert listed.size_bytes >= tensor_bytes(model.store.directory)
+    freed = clear_cache(cache)
+    assert freed >= listed.size_bytes
+    assert list_cache(cache) == []
+    assert not list(cache.rglob("*.safetensors"))
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGEGT_CACHE", str(tmp_path / "here"))
+    assert cache_dir() == tmp_path / "here"
+    monkeypatch.delenv("EDGEGT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "edgegt"

@@ -1,0 +1,96 @@
+"""Random models of a few thousand weights, one per family, and what tests do with them: save, load in int8, batches."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from edgegt.data import Batch, Example, Row, collate
+from edgegt.model import Int8Model, load_int8
+from edgegt.quant import TorchBackend
+from edgegt.source import open_source, read_config
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+VOCABULARY = 320
+CPU = torch.device("cpu")
+_IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_WIDE = {**_IDS, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+_GROUPED = {**_WIDE, "num_key_value_heads": 2, "max_position_embeddings": 128}
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**_GROUPED, tie_word_embeddings=True),
+    "llama-untied": lambda: LlamaConfig(**_GROUPED, tie_word_embeddings=False),
+    "gpt2": lambda: GPT2Config(**_IDS, n_embd=64, n_layer=3, n_head=4, n_positions=128),
+    "opt": lambda: OPTConfig(
+        **_IDS, hidden_size=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=64,
+        max_position_embeddings=128,
+    ),
+    "qwen2": lambda: Qwen2Config(**_GROUPED),
+    "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=16),
+    "mistral": lambda: MistralConfig(**_GROUPED, head_dim=16),
+    "phi3": lambda: Phi3Config(**_GROUPED),
+    "gpt-neox": lambda: GPTNeoXConfig(**_WIDE, max_position_embeddings=128),
+}  # fmt: skip
+
+
+def float_model(config: Any, attention: str = "eager", untied: bool = False, seed: int = 0) -> Any:
+    """transformers' own float32 model with random weights, in eval mode (no dropout)."""
+    config = copy.deepcopy(config)
+    if untied:
+        config.tie_word_embeddings = False
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+def save_model(folder: Path, config: Any, seed: int = 0, **options: Any) -> Any:
+    """Save a random model with safetensors; returns it. Norms and biases are made different from 1 and 0."""
+    model = float_model(config, seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def load(folder: Path, cache: Path) -> Int8Model:
+    """The saved model in int8, with torch's own integer products."""
+    return load_int8(read_config(str(folder)), open_source(str(folder)), cache, TorchBackend(), CPU)
+
+
+def examples(count: int, seed: int = 0, vocabulary: int = VOCABULARY, longest: int = 20) -> list[Example]:
+    """Rows of random ids: a prompt, then a completion that the prompt says something about."""
+    draw = random.Random(seed)
+    made = []
+    for number in range(count):
+        prompt = tuple(draw.randrange(3, vocabulary) for _ in range(draw.randint(4, longest)))
+        made.append(Example((1, *prompt), (*prompt[: draw.randint(2, 6)], 2), Row("p", "c", number + 1)))
+    return made
+
+
+def batch_of(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> Batch:
+    """One left-padded batch of random rows."""
+    return collate(examples(count, seed, vocabulary), 0)
+
+
+def some_selections(names: Sequence[str], count: int, seed: int = 0) -> list[set[str]]:
+    """Every first and last name alone, then random choices of 1 to 10 names."""
+    draw = random.Random(seed)
+    drawn = [set(draw.sample(list(names), min(len(names), draw.choice([1, 1, 2, 5, 10])))) for _ in range(count)]
+    return [{names[0]}, {names[-1]}, set(names), *drawn]
