@@ -10,7 +10,7 @@
     activations  what backward keeps (from the cost table)
     logits       the head's log-probabilities and two gradients of that size, on the kept positions, while backward begins
     transient    what the widest product of the layers needs beyond that, later in backward
-    libraries    code, kernels and threads that are loaded on first use, after the floor was measured (20 to 33 MiB here)
+    libraries    code, kernels and threads that are loaded on first use, after the floor was measured (3 to 15 MiB were seen)
     slack        allocator fragmentation and what the model does not name: 8 % of the tensors above, and 6 MiB
 
 Bytes everywhere. On a discrete GPU the same terms hold for device memory, with the floor of the CUDA context.
@@ -31,7 +31,7 @@ LOGIT_BYTES = 12
 SMALL_TENSOR = 4096
 SLACK_SHARE = 0.08
 SLACK_BYTES = 6 * MIB
-LIBRARY_BYTES = 28 * MIB
+LIBRARY_BYTES = 16 * MIB
 
 
 def optimizer_bytes(weight: Weight) -> int:
@@ -50,9 +50,14 @@ def state_bytes(weight: Weight, accumulate: bool) -> int:
     return MASTER_BYTES * weight.numel + plane_bytes(weight) + optimizer_bytes(weight) + gradient
 
 
-def fused_gradient_bytes(weight: Weight) -> int:
-    """Transient bytes while one gradient exists: it, and the working copies of its optimizer step."""
-    return 2 * GRADIENT_BYTES * weight.numel
+def fused_gradient_bytes(weight: Weight, freed_bytes: int = 0) -> int:
+    """Bytes while one gradient exists (it, and working copies of its optimizer step) beyond logits freed by then."""
+    return max(0, 2 * GRADIENT_BYTES * weight.numel - freed_bytes)
+
+
+def freed_logit_bytes(table: CostTable, worst: BatchShape, vocabulary: int) -> int:
+    """Bytes of logits that are gone when the first gradient is formed and no product's transient has taken."""
+    return max(0, (LOGIT_BYTES - 4) * worst.rows * worst.kept * vocabulary - table.widest.at(worst))
 
 
 def worst_shape(table: CostTable, shapes: Iterable[BatchShape], micro_batch: int, vocabulary: int) -> BatchShape:
@@ -118,7 +123,8 @@ def peak_terms(
     if accumulate:
         terms["gradients"] = sum(GRADIENT_BYTES * weight.numel for weight in chosen)
     else:
-        terms["gradients"] = max((fused_gradient_bytes(weight) for weight in chosen), default=0)
+        freed = freed_logit_bytes(table, worst, vocabulary)
+        terms["gradients"] = max((fused_gradient_bytes(weight, freed) for weight in chosen), default=0)
     terms["demoted"] = sum(plane_bytes(weight) for weight in resting)
     terms["activations"] = table.saved_work(mask).at(worst)
     terms["slack"] = slack_bytes(terms)

@@ -116,18 +116,34 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
 def _entries(model: Any, source: Source, head: str, tied: bool) -> Iterator[Entry]:
     layers, blocks = layers_of(model)
     prefix = getattr(model, "base_model_prefix", "")
+    stored = _renamed(model, source)
     for module_name, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{short}"
             if tied and name == head:
                 continue
             spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-            stored_as = next((spelling for spelling in spellings if spelling in source.files), None)
+            stored_as = next((stored[spelling] for spelling in spellings if spelling in stored), None)
             if stored_as is None:
                 raise InputError(f"the model in '{source.directory}' lacks the tensor '{name}': fetch the model again")
             block = block_of(name, layers, blocks, head)
             int8 = is_int8(module, parameter)
             yield Entry(name, stored_as, block, int8, int8 and is_transposed(module))
+
+
+def _renamed(model: Any, source: Source) -> dict[str, str]:
+    """Names in the files by the names that this version of transformers gives them (GPT-NeoX: embed_out -> lm_head)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    found: dict[str, str] = {}
+    for stored in source.files:
+        name = stored
+        for renaming in renamings:
+            name = renaming.rename_source_key(name)[0]
+        found.setdefault(name, stored)
+    return found
 
 
 def _fill(

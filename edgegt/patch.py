@@ -60,6 +60,13 @@ def apply_patch(model: Int8Model, path: Path) -> None:
             "with --model"
         )
     for name, tensor in tensors.items():
+        held = model.linears[name].weight if name in model.linears else model.vectors.get(name)
+        if held is not None and held.shape != tensor.shape:
+            raise InputError(
+                f"patch '{path}' has '{name}' as {tuple(tensor.shape)}, '{model.source.name}' as {tuple(held.shape)}: "
+                "take the patch from the run folder again"
+            )
+    for name, tensor in tensors.items():
         if name in model.linears:
             model.linears[name].restore(split_planes(tensor.to(model.device)))
         elif name in model.vectors:

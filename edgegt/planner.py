@@ -17,6 +17,7 @@ from edgegt.errors import BudgetError, EdgegtError, InputError, nearest
 from edgegt.memory import (
     Surroundings,
     fixed_terms,
+    freed_logit_bytes,
     fused_gradient_bytes,
     peak_terms,
     plane_bytes,
@@ -138,7 +139,8 @@ def _case(problem: Problem, micro_batch: int) -> Case:
     paths: dict[int, tuple[int, int]] = {}
     shared = [(path.weights, total(path.flops), path.saved_bytes.at(worst)) for path in table.paths]
     allowed = sum(1 << bit for bit in candidates)
-    for mask, path_flops, path_bytes in shared + ([] if accumulate else _gradient_steps(table, allowed)):
+    freed = freed_logit_bytes(table, worst, problem.vocabulary)
+    for mask, path_flops, path_bytes in shared + ([] if accumulate else _gradient_steps(table, allowed, freed)):
         mask &= allowed
         if mask.bit_count() == 1:
             flops[mask.bit_length() - 1] += path_flops
@@ -159,9 +161,9 @@ def _case(problem: Problem, micro_batch: int) -> Case:
     )
 
 
-def _gradient_steps(table: CostTable, allowed: int) -> list[tuple[int, int, int]]:
+def _gradient_steps(table: CostTable, allowed: int, freed_bytes: int) -> list[tuple[int, int, int]]:
     """The largest fused gradient as paths: each size step is paid once any weight at least that large is chosen."""
-    sizes = {bit: fused_gradient_bytes(table.weights[bit]) for bit in bits(allowed)}
+    sizes = {bit: fused_gradient_bytes(table.weights[bit], freed_bytes) for bit in bits(allowed)}
     steps, below = [], 0
     for size in sorted(set(sizes.values())):
         steps.append((sum(1 << bit for bit in sizes if sizes[bit] >= size), 0, size - below))

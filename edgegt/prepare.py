@@ -90,8 +90,8 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     device, watch = start_torch(options, resolved, log)
     schedule = make_schedule(options, corpus.train)
     table = _trace(config)
-    _import_what_comes_later()
     kernels = choose_kernels(device, log)
+    _use_everything_once(kernels, device)
     eight_bit = eight_bit_states(device, log)
     trim()
     need = Need(table, watch.now(), int(config.get_text_config().vocab_size))
@@ -102,7 +102,8 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     if options.strategy == "full":
         probes, flops = Probes(0, 0), table.full_work().total(schedule.shapes)
     else:
-        probes = plan_probes(options, schedule, rho, need, memory_bytes)
+        probing = options.strategy == "greentrainer"
+        probes = plan_probes(options, schedule, rho, need, memory_bytes) if probing else Probes(0, 0)
         flops = flops_budget(rho, table, schedule, probes)
         check_memory(memory_bytes, options, need, schedule)
     return Setup(
@@ -155,10 +156,25 @@ def eight_bit_states(device: torch.device, log: Log) -> bool:
     return reason is None
 
 
-def _import_what_comes_later() -> None:
-    """So that the floor, measured next, has every library in it."""
-    for name in ("scipy.optimize", "scipy.sparse", "safetensors.torch", "torch.utils.checkpoint"):
+def _use_everything_once(kernels: Choice, device: torch.device) -> None:
+    """Load what libraries load on first use (a solve, a product and its gradient), so that the floor has it in it."""
+    import numpy
+    import torch
+    from scipy.optimize import milp
+
+    from edgegt.quant import InputCache, Int8Linear, quantize_rows
+    from edgegt.strategies import quiet_stdout
+
+    for name in ("safetensors.torch", "torch.utils.checkpoint", "transformers.generation"):
         import_module(name)
+    with quiet_stdout():
+        milp(numpy.array([-1.0, -1.0]), bounds=(0, 1), integrality=numpy.array([1, 0]))
+    weight = torch.eye(64, device=device)
+    layer = Int8Linear(quantize_rows(weight), backend=kernels.backend, inputs=InputCache())
+    layer.promote(weight.clone())
+    x = torch.ones(2, 4, 64, 64, device=device, requires_grad=True)
+    y = torch.nn.functional.scaled_dot_product_attention(x, x, layer(x), is_causal=True)
+    torch.nn.functional.cross_entropy(y.reshape(-1, 64), torch.zeros(512, dtype=torch.long, device=device)).backward()
 
 
 def _trace(config: Any) -> Any:

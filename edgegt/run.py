@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,7 +61,7 @@ def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
     folder.write("eval.json", _evaluation(setup, before, after))
     _record_run(setup, folder, log, trainee, outcome, command, finished=True)
     del trainee
-    write_report_apart(path)
+    write_report_apart(path, log)
     log.say(summary(folder))
     return path
 
@@ -162,12 +164,14 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def write_report_apart(path: Path) -> None:
+def write_report_apart(path: Path, log: Log) -> None:
     """Draw the report in a process of its own, so that drawing does not count against the run's memory budget."""
-    import subprocess
-    import sys
-
-    subprocess.run([sys.executable, "-m", "edgegt", "report", str(path), "--quiet"], check=True)
+    package = Path(__file__).resolve().parent
+    words = [sys.executable, "-m", package.name, "report", str(path.resolve()), "--quiet"]
+    done = subprocess.run(words, cwd=package.parent, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        log.fallback(f"the report could not be drawn ({said}): `edgegt report {path}` tries again")
 
 
 def summary(folder: RunFolder) -> str:

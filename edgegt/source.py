@@ -72,6 +72,8 @@ def read_config(model: str) -> Any:
         tree = json.loads(config_file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{config_file}: not valid JSON ({error}): fetch the model again") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{config_file}: not a JSON object: fetch the model again")
     try:
         kind = tree.pop("model_type")
         config = AutoConfig.for_model(kind, **tree)

@@ -72,7 +72,7 @@ def of_machine(backend: Backend, device: torch.device, width: int, tokens: int) 
     from edgegt.optimizer import AdamW
 
     generator = torch.Generator().manual_seed(0)
-    tokens, width = min(tokens, 2048), min(width, 4096)
+    tokens, width = min(tokens, 512), min(width, 1024)
     x = torch.randn(tokens, width, generator=generator).to(device)
     q = torch.randint(-127, 128, (2 * width, width), generator=generator, dtype=torch.int8).to(device)
     scale = torch.rand(2 * width, generator=generator).to(device)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,19 @@ class BaseStore:
 
     directory: Path
     files: dict[str, str]
+    _handles: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def tensor(self, key: str) -> Any:
-        """The tensor `key` ('<name>.q', '<name>.scale' or a float '<name>'), mapped from disk."""
+        """The tensor `key` ('<name>.q', '<name>.scale' or a float '<name>'), mapped from disk.
+
+        One mapping per file: a mapping of its own for each tensor would count its neighbours' pages again.
+        """
         from safetensors import safe_open
 
-        with safe_open(str(self.directory / self.files[key]), framework="pt") as handle:
-            return handle.get_tensor(key)
+        file = self.files[key]
+        if file not in self._handles:
+            self._handles[file] = safe_open(str(self.directory / file), framework="pt")
+        return self._handles[file].get_tensor(key)
 
 
 def base_store(source: Source, identity: str, entries: Iterable[Entry], cache: Path) -> BaseStore:
@@ -67,8 +73,10 @@ def base_store(source: Source, identity: str, entries: Iterable[Entry], cache: P
     partial.mkdir(parents=True)
     try:
         files = _write(source, entries, partial)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise InputError(
             f"the int8 base could not be written to '{folder}' ({error.strerror or error}): "
             "free space there (`edgegt cache clear`) or set EDGEGT_CACHE to another disk"
@@ -107,7 +115,10 @@ def _converted(source: Source, entry: Entry) -> dict[str, Any]:
         raise InputError(f"'{entry.stored_as}' is stored as {tensor.dtype}: give the float model, not a quantised one")
     if not entry.int8:
         return {entry.name: tensor.to(torch.float32).clone()}
-    weight = quantize_rows(tensor.t().contiguous() if entry.transposed else tensor)
+    try:
+        weight = quantize_rows(tensor.t().contiguous() if entry.transposed else tensor)
+    except InputError as error:
+        raise InputError(f"'{entry.stored_as}' cannot be used: {error}") from error
     return {f"{entry.name}.q": weight.q, f"{entry.name}.scale": weight.scale}
 
 

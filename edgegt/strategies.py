@@ -233,7 +233,7 @@ def _solve(case: Case, integral: bool) -> tuple[int, float]:
     objective = numpy.zeros(matrix.shape[1])
     objective[:count] = [-case.values[bit] / scale for bit in case.candidates]
     integrality = numpy.full(matrix.shape[1], int(integral))
-    with _quiet_stdout():
+    with quiet_stdout():
         result = milp(
             objective,
             constraints=LinearConstraint(matrix, lower, numpy.inf),
@@ -251,7 +251,7 @@ def _solve(case: Case, integral: bool) -> tuple[int, float]:
 
 
 @contextmanager
-def _quiet_stdout() -> Iterator[None]:
+def quiet_stdout() -> Iterator[None]:
     """Discard what C code writes to file descriptor 1 (HiGHS prints lines that no option silences)."""
     with _stdout_lock:
         try:

@@ -95,7 +95,7 @@ def evaluate_subject(
     from edgegt.evaluate import held_out_loss
     from edgegt.job import read_corpus
 
-    if data is None and run is None:
+    if data is None and run is None and model is not None:
         raise InputError("--model needs --data: give the file to evaluate on")
     source = read_rows(Path(data), parse_columns(columns) if columns else None) if data else None
     subject = load_subject(run, model, patch)

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from edgegt import strategies
-from edgegt.strategies import STRATEGIES, Case, _drop, _quiet_stdout, bits, joint, relaxed_bound
+from edgegt.strategies import STRATEGIES, Case, _drop, quiet_stdout, bits, joint, relaxed_bound
 
 
 def chain(count: int, seed: int = 0) -> Case:
@@ -58,10 +58,10 @@ def test_dropping_stops_as_soon_as_the_budgets_hold() -> None:
 
 
 def test_what_c_code_prints_is_discarded_and_the_rest_is_not(capfd: pytest.CaptureFixture[str]) -> None:
-    with _quiet_stdout():
+    with quiet_stdout():
         os.write(1, b"from C")
     os.write(1, b"after")
-    with pytest.raises(ZeroDivisionError), _quiet_stdout():
+    with pytest.raises(ZeroDivisionError), quiet_stdout():
         raise ZeroDivisionError
     os.write(1, b" an error")
     assert capfd.readouterr() == ("after an error", "")

@@ -1,9 +1,11 @@
 """Grammar of the home assistant that ships with edgegt: utterance -> one compact JSON action.
 
 It exists so that `edgegt run` has something real to personalise without any third-party text.  Two languages are
-generated here, both from fixed seeds.  The GENERAL one (rooms, devices, numbers, times, questions) is what the
-shipped base model is pretrained on.  The HOUSEHOLD one adds the words of one family (nicknames, private room names,
-routines, habits), which the base has never seen and which fine-tuning has to teach it.
+generated here, both from fixed seeds.  The GENERAL one (rooms, devices, numbers, times, questions) is what the shipped
+base model is pretrained on.  The HOUSEHOLD one adds the words of one family (nicknames, private room names, routines,
+habits), which the base has never seen and which fine-tuning has to teach it.  Pretraining also hears invented
+households, whose words mean something else, so that the base is used to words being names; the shipped household is not
+among them.
 
 An action is one JSON object whose keys come in this order (each is left out where it does not apply):
   do     on off set up down open close lock unlock ask play pause timer alarm scene call find feed buy none
@@ -269,7 +271,7 @@ ROUTINE_FORMS = ("{n}", "it's {n}", "{n} now", "start {n}", "let's do {n}", "go 
                  "time for {n}", "we are ready for {n}", "run {n}", "do the {n} thing", "i feel like {n}")
 
 
-# Words that only this family uses; the base model must never have read one of them.
+# Words kept for this family, a few of them in reserve; the base model must never have read one of them.
 OWN_WORDS = set(_words(
     "burrow,galley,swamp,nest,crypt,crow's,roost,paddock,snug,fort,bridge,bessie,grumbles,dusty,bill,dragon,percolina,blub,"
     "wheezer,moonling,chandy,louie,bard,captain's,brain,nan,nan's,bun,bean,bean's,mouse,colonel,skipper,"
@@ -649,6 +651,7 @@ _SWITCHES: tuple[tuple[Intent, int], ...] = (
 )
 GENERAL_INTENTS = (*_SWITCHES, (set_level, 20), (relative, 6), (relative_by, 7), (ask, 9), (play, 8), (pause, 2),
                    (timer, 4), (alarm, 4), (scene, 10), (call, 5), (feed, 3), (buy, 4), (chatter, 3))
+DRILL_INTENTS = ((scene, 12), (set_level, 5), (timer, 2), (alarm, 2), (call, 1), (relative_by, 1), (chatter, 1))
 OWN_INTENTS = (*_SWITCHES, (set_level, 28), (relative, 6), (relative_by, 5), (ask, 8), (play, 7), (alarm, 3),
                (call, 8), (feed, 6), (buy, 6), (routine, 18))
 
@@ -822,9 +825,9 @@ def invented_family(rng: random.Random, words: Iterator[str]) -> Family:
     )
 
 
-def pretraining_stream(seed: int = 0, odd_share: float = 0.06, family_share: float = 0.5,
+def pretraining_stream(seed: int = 0, odd_share: float = 0.06, family_share: float = 0.5, drill_share: float = 0.0,
                        families: int = 12) -> Iterator[Row]:
-    """Endless general rows, some with unknown words and some spoken in invented households.
+    """Endless general rows, some with unknown words, some spoken in invented households, some drilling numbers.
 
     Left out are the wordings of general.heldout and, in case one is invented by chance, the household's own words.
     """
@@ -834,9 +837,12 @@ def pretraining_stream(seed: int = 0, odd_share: float = 0.06, family_share: flo
     others = [_stream(f"pretraining/{seed}/{index}", OWN_INTENTS, invented_family(rng, words), 0.01)
               for index in range(families)]
     plain = _stream(f"pretraining/{seed}", GENERAL_INTENTS, odd=odd_share)
+    drill = _stream(f"pretraining/{seed}/drill", DRILL_INTENTS, odd=odd_share)
     mixer = random.Random(f"{SEED}/mixer/{seed}")
     while True:
-        row = next(mixer.choice(others) if mixer.random() < family_share else plain)
+        draw = mixer.random()
+        common = drill if draw < family_share + drill_share else plain
+        row = next(mixer.choice(others) if draw < family_share else common)
         if words_of(row.text) & OWN_WORDS or digest(row.core) in barred or digest(row.text) in barred:
             continue
         yield row
