@@ -50,6 +50,7 @@ class FloatTrainee:
         attach(self.module, self.meter)
         self.fingerprint = fingerprint(setup.source, cache_dir() / "fingerprints.json")
         self.progress = Progress()
+        self.complete = False
 
     @staticmethod
     def check(setup: Setup) -> None:
@@ -88,13 +89,14 @@ class FloatTrainee:
             options.max_grad_norm, total, setup.flops,
         )  # fmt: skip
         parts = Parts(self.module, setup.device, parameters, step, lambda: None, self.meter, setup.watch)
-        self.log.start_steps(total, 0)
+        self.log.start_steps(total)
         with stopped_by_signals(self.progress):
             train_round(parts, recipe, batches, micro_batch, 0, self.progress, self.folder.metrics,
-                        lambda entry: self.log.step(entry, total))  # fmt: skip
+                        self.log.step)  # fmt: skip
         self.log.end_steps()
         if self.progress.stop is not None:
             raise interrupted(self.progress, total, self.folder)
+        self.complete = True
 
     def save(self) -> None:
         """The patch: every tensor."""

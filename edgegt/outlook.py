@@ -12,7 +12,7 @@ from typing import Any
 
 from edgegt.budget import Need, smallest_bytes
 from edgegt.cost import BatchShape, CostTable
-from edgegt.errors import BudgetError
+from edgegt.errors import BudgetError, InputError
 from edgegt.job import Schedule, make_schedule, memory_budget, read_corpus, resolve
 from edgegt.log import Log
 from edgegt.memory import Surroundings
@@ -33,6 +33,8 @@ def look_ahead(options: RunOptions, log: Log) -> dict[str, Any]:
     from edgegt.speed import of_profile
     from edgegt.trace import trace
 
+    if options.strategy == "full":
+        raise InputError("--strategy full trains everything at rho 1: there is nothing to plan; leave --strategy out")
     name = options.model or str(home.MODEL)
     resolved, host = resolve(options)
     asked = options.memory_bytes or resolved.profile.budget_bytes
@@ -47,8 +49,7 @@ def look_ahead(options: RunOptions, log: Log) -> dict[str, Any]:
         table, proxy_values(table), schedule.shapes, int(rho * full), memory_bytes,
         Surroundings(FLOOR_BYTES), need.vocabulary, options.batch_size,
     )  # fmt: skip
-    strategy = "greentrainer" if options.strategy == "full" else options.strategy
-    chosen, refusal = _plan(problem, strategy, options.seed)
+    chosen, refusal = _plan(problem, options.strategy, options.seed)
     outlook: dict[str, Any] = {
         "fits": chosen is not None,
         "device": resolved.profile.name,

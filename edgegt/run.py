@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from edgegt.allocator import return_freed_memory, trim
+from edgegt.errors import Interrupted
 from edgegt.folder import RunFolder, choose_folder, make_folder
 from edgegt.log import Log
 from edgegt.options import RunOptions
@@ -54,9 +55,14 @@ def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
     before = evaluate(setup, trainee.module, trainee.meter, log, "before")
     try:
         trainee.train(outcome)
+    except Interrupted:
+        folder.write("eval.json", {"before": before.numbers, "examples": []})
+        raise
     finally:
         trainee.save()
         _record_run(setup, folder, log, trainee, outcome, command, finished=False)
+        if not trainee.complete:
+            write_report_apart(path, log)
     after = evaluate(setup, trainee.module, trainee.meter, log, "after")
     folder.write("eval.json", _evaluation(setup, before, after))
     _record_run(setup, folder, log, trainee, outcome, command, finished=True)
@@ -99,7 +105,7 @@ def evaluate(setup: Setup, module: Any, meter: Any, log: Log, when: str) -> Eval
         answers: list[str] = []
         if setup.options.examples:
             longest = max(len(example.completion) for example in held_out)
-            prompts = [example.prompt for example in held_out[:EXAMPLES] if example.prompt]
+            prompts = [example.prompt for example in shown(setup)]
             answers = answer(module, setup.tokenizer, prompts, min(96, longest + 8), min(rows, 8), setup.device)
     trim()
     said = f"loss {numbers['loss']:.3f} on {numbers['rows']} held-out rows"
@@ -109,11 +115,16 @@ def evaluate(setup: Setup, module: Any, meter: Any, log: Log, when: str) -> Eval
     return Evaluation(numbers, answers)
 
 
+def shown(setup: Setup) -> list[Any]:
+    """The first held-out examples with prompts that differ."""
+    different = {example.prompt: example for example in reversed(setup.corpus.held_out) if example.prompt}
+    return list(reversed(different.values()))[:EXAMPLES]
+
+
 def _evaluation(setup: Setup, before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    shown = [example.row for example in setup.corpus.held_out[:EXAMPLES] if example.prompt]
     examples = [
-        {"prompt": row.prompt, "reference": row.completion, "before": old, "after": new}
-        for row, old, new in zip(shown, before.answers, after.answers, strict=False)
+        {"prompt": example.row.prompt, "reference": example.row.completion, "before": old, "after": new}
+        for example, old, new in zip(shown(setup), before.answers, after.answers, strict=False)
     ]
     return {"before": before.numbers, "after": after.numbers, "examples": examples}
 

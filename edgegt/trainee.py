@@ -42,6 +42,7 @@ class Int8Trainee:
         optimizer = AdamW(setup.eight_bit, setup.options.weight_decay)
         self.trainables = Trainables(self.model, optimizer, folder.parked)
         self.progress = Progress()
+        self.complete = False
         self.probe_flops = 0
         self._probe_work = 0
 
@@ -54,7 +55,7 @@ class Int8Trainee:
         setup = self.setup
         speeds = self._speed(), of_profile(setup.resolved.profile)
         first = 0
-        self.log.start_steps(setup.schedule.steps, 0)
+        self.log.start_steps(setup.schedule.steps)
         with stopped_by_signals(self.progress):
             for index, steps in enumerate(setup.schedule.rounds):
                 values = self._importance(index)
@@ -68,6 +69,7 @@ class Int8Trainee:
                 save_checkpoint(self.folder.path / "checkpoint", self.trainables, position)
                 self._stop_if_asked()
         self.log.end_steps()
+        self.complete = True
 
     def save(self) -> None:
         """The patch: everything trained so far."""
@@ -182,7 +184,7 @@ class Int8Trainee:
             self.meter, setup.watch,
         )  # fmt: skip
         train_round(parts, recipe, batches, chosen.micro_batch, index, self.progress, self.folder.metrics,
-                    lambda entry: self.log.step(entry, total))  # fmt: skip
+                    self.log.step)  # fmt: skip
 
     def _stop_if_asked(self) -> None:
         if self.progress.stop is not None:

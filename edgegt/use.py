@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgegt import home
 from edgegt.errors import InputError
 from edgegt.folder import RunFolder
 from edgegt.log import Log
@@ -68,6 +69,8 @@ def generate_text(run: str | None, model: str | None, patch: str | None, prompt:
     if tokens < 1:
         raise InputError(f"--tokens {tokens} is out of range: give a positive whole number")
     subject = load_subject(run, model, patch)
+    if subject.options is not None and subject.options.data is None:
+        prompt = home.as_prompt(prompt)
     # The prompt as training saw it, with the separator before a completion; the completion itself is cut off again.
     separator = "" if prompt[-1:].isspace() or not prompt else _separator(subject.options)
     example = tokenize([Row(prompt + separator, " x", 1)], subject.tokenizer, 1 << 20)[0][0]
@@ -76,7 +79,6 @@ def generate_text(run: str | None, model: str | None, patch: str | None, prompt:
 
 def _separator(options: RunOptions | None) -> str:
     """What stood between prompt and completion in the run's own data."""
-    from edgegt import home
     from edgegt.data import parse_columns, read_rows
 
     if options is None:

@@ -15,7 +15,7 @@ from tiny_models import CPU, SHARED, load
 ROWS = 256
 
 
-@pytest.mark.parametrize("name", ["base-7m", "stories260K"])
+@pytest.mark.parametrize("name", [pytest.param("base-7m", marks=pytest.mark.slow), "stories260K"])
 def test_the_int8_loss_is_within_half_a_percent_of_the_float_loss(name: str, tmp_path: Path) -> None:
     path, data = SHARED / "data" / "models" / name, SHARED / "data" / "e2e" / "devset.csv"
     if not (path.is_dir() and data.is_file()):

@@ -88,7 +88,7 @@ def problem_of(table: CostTable, draw: random.Random, batch_size: int, tokens: i
 
 def spent(problem: Problem, names: tuple[str, ...], micro_batch: int) -> tuple[int, int]:
     """FLOPs and peak bytes straight from the table."""
-    worst = worst_shape(problem.shapes, micro_batch)
+    worst = worst_shape(problem.table, problem.shapes, micro_batch, problem.vocabulary)
     accumulate = micro_batch < problem.batch_size
     terms = peak_terms(problem.table, names, problem.around, worst, problem.vocabulary, accumulate)
     return problem.table.train_work(problem.table.mask(names)).total(problem.shapes), sum(terms.values())

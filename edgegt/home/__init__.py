@@ -14,3 +14,9 @@ HELD_OUT = MODEL / "household.heldout.jsonl"
 GENERAL = MODEL / "general.heldout.jsonl"
 EPOCHS = 8.0
 NEW_TOKENS = 48
+SEPARATOR = " =>"
+
+
+def as_prompt(utterance: str) -> str:
+    """What the assistant reads for an utterance: it was trained with an arrow before the action."""
+    return utterance if utterance.rstrip().endswith("=>") else utterance.rstrip() + SEPARATOR

@@ -24,6 +24,7 @@ TERM_MEANINGS = {
     "activations": "what the forward pass keeps for backward",
     "logits": "head output on the supervised positions",
     "transient": "the widest single product",
+    "libraries": "what libraries load on first use, after the floor was measured",
     "slack": "allowance for fragmentation and unnamed buffers",
 }
 Tree = Mapping[str, Any]
