@@ -16,7 +16,7 @@ _THRESHOLD_BYTES = 1 << 18
 
 
 def return_freed_memory() -> bool:
-    """Set glibc's thresholds and ask torch for huge pages; call before torch is imported. False where there is no glibc."""
+    """Set glibc's thresholds and ask torch for huge pages; call before importing torch. False where there is no glibc."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not sys.platform.startswith("linux"):
         return False

@@ -13,6 +13,7 @@ from edgegt.options import RunOptions
 from edgegt.planner import Problem, smallest
 from edgegt.units import format_bytes
 
+
 @dataclass(frozen=True)
 class Probes:
     """How importance is measured in a round: rows per batch (even) and number of batches (even)."""
@@ -116,7 +117,7 @@ def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:
 
 
 def check_memory(memory_bytes: int, options: RunOptions, need: Need, schedule: Schedule) -> None:
-    """Raises: BudgetError, with the smallest budget that would do, when nothing can be trained within `memory_bytes`."""
+    """Raises: BudgetError, with the smallest budget that would do, when `memory_bytes` are too few to train anything."""
     least = smallest_bytes(options, need, schedule)
     if least > memory_bytes:
         remedy = "lower --max-length" if need.table.base_bytes < memory_bytes / 2 else "take a smaller model"

@@ -8,9 +8,9 @@
     gradients    all gradients when micro-batches are accumulated, otherwise the largest one (it is applied and freed)
     demoted      two planes of each tensor trained in an earlier round
     activations  what backward keeps (from the cost table)
-    logits       the head's log-probabilities and two gradients of that size, on the kept positions, while backward begins
+    logits       the head's log-probabilities and two gradients of that size, on the kept positions, at the loss
     transient    what the widest product of the layers needs beyond that, later in backward
-    libraries    code, kernels and threads that are loaded on first use, after the floor was measured (3 to 15 MiB were seen)
+    libraries    code, kernels and threads loaded on first use, after the floor was measured (3 to 15 MiB were seen)
     slack        allocator fragmentation and what the model does not name: 8 % of the tensors above, and 6 MiB
 
 Bytes everywhere. On a discrete GPU the same terms hold for device memory, with the floor of the CUDA context.

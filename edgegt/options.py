@@ -41,7 +41,9 @@ class RunOptions:
     strategy: str = _option("greentrainer", "how tensors are chosen", choices=STRATEGY_NAMES)
     epochs: float | None = _option(None, "passes over the data (default: 2; the household: 8)")
     steps: int | None = _option(None, "optimizer steps instead of epochs")
-    round_epochs: float | None = _option(None, "epochs between two selections (default: half of the run, all of it below 40 steps)")
+    round_epochs: float | None = _option(
+        None, "epochs between two selections (default: half of the run, all of it below 40 steps)"
+    )
     batch_size: int = _option(8, "rows of an optimizer step")
     max_length: int = _option(512, "tokens of a row at most; longer rows are cut")
     lr: float | None = _option(None, "peak learning rate (default: 0.2 / hidden size)")

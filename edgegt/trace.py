@@ -28,6 +28,7 @@ from edgegt.errors import InputError
 _SHAPES = (BatchShape(1, 16, 8), BatchShape(1, 32, 8), BatchShape(1, 48, 8), BatchShape(1, 16, 12))
 _SCALE_BYTES = 2
 _TOKEN_SCALE_BYTES = 4
+_READ_OPERAND = {"MmBackward0": "_saved_self", "AddmmBackward0": "_saved_mat1", "LinearBackward0": "_saved_input"}
 
 
 @dataclass
@@ -75,8 +76,8 @@ def _build(config: Any, dtype: torch.dtype) -> Any:
     experts = [name for name, parameter in model.named_parameters() if parameter.ndim > 2]
     if experts:
         raise InputError(
-            f"'{experts[0]}' has {model.get_parameter(experts[0]).ndim} dimensions: mixtures of experts and convolutions "
-            "are not supported; give a dense decoder-only model"
+            f"'{experts[0]}' has {model.get_parameter(experts[0]).ndim} dimensions: mixtures of experts and "
+            "convolutions are not supported; give a dense decoder-only model"
         )
     return model.eval()
 
@@ -147,8 +148,7 @@ class _Reader:
             self.out.paths += [(masks[left], flops), (masks[right], flops)]
             self._keep(node, {"_saved_self": masks[right], "_saved_mat2": masks[left]})
             return
-        source = {"MmBackward0": "_saved_self", "AddmmBackward0": "_saved_mat1", "LinearBackward0": "_saved_input"}[kind]
-        read = getattr(node, source)
+        read = getattr(node, _READ_OPERAND[kind])
         flops = 2 * prod(out_shape) * read.shape[-1]
         self.out.forward += flops
         if weight == self.head:
@@ -215,7 +215,9 @@ def _table(model: Any, config: Any, readings: list[_Reading]) -> CostTable:
     weights = tuple(_weight(model, name, readings, layers, blocks, head) for name in names)
     unseen = [w.name for w in weights if w.kind != "vector" and w.name not in first.dw]
     if unseen:
-        raise InputError(f"'{unseen[0]}' is used in a way that the trace does not follow: architecture not supported yet")
+        raise InputError(
+            f"'{unseen[0]}' is used in a way that the trace does not follow: architecture not supported yet"
+        )
     paths = _merge(
         [(mask, _solve([r.paths[i][1] for r in readings]), Work()) for i, (mask, _) in enumerate(first.paths)]
         + [(mask, Work(), _solve([r.saved[i][1] for r in readings])) for i, (mask, _) in enumerate(first.saved)]

@@ -224,5 +224,3 @@ def stopped_by_signals(progress: Progress) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

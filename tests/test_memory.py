@@ -100,7 +100,8 @@ def test_fixed_terms_are_those_of_every_selection() -> None:
 
 def test_slack_is_a_share_of_the_tensors_only() -> None:
     assert slack_bytes({"floor": 10**9, "libraries": 10**8, "base": 10**8, "slack": 10**7}) == SLACK_BYTES
-    assert slack_bytes({"floor": 10**9, "masters": 10**8, "logits": 10**7}) == int(SLACK_SHARE * 11 * 10**7) + SLACK_BYTES
+    named = {"masters": 10**8, "logits": 10**7}
+    assert slack_bytes({"floor": 10**9, **named}) == int(SLACK_SHARE * 11 * 10**7) + SLACK_BYTES
 
 
 def test_accumulated_gradients_are_all_there_and_fused_ones_one_at_a_time() -> None:

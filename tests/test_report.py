@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,106 +17,16 @@ from edgegt.cost import BatchShape
 from edgegt.errors import EdgegtError, InputError
 from edgegt.memory import Surroundings, peak_terms
 from edgegt.report import write_report
-from edgegt.report.charts import TERM_COLOURS, smooth, thin
-from edgegt.report.grid import lay_out, place, short_labels
+from edgegt.report.charts import TERM_COLOURS
 from edgegt.report.words import TERM_MEANINGS
 from edgegt.trace import trace
-from edgegt.units import GIB, MIB
+from edgegt.units import MIB
+from fake_run import EXAMPLES, fake_run
 from tiny_models import FAMILIES
 
 CONTRACT = {
     "device", "model", "budget", "predicted", "measured", "eval", "rounds", "fallbacks", "version",
 }  # fmt: skip
-MATRICES = {
-    "self_attn.q_proj": 288 * 288, "self_attn.k_proj": 288 * 288, "self_attn.v_proj": 288 * 288,
-    "self_attn.o_proj": 288 * 288, "mlp.gate_proj": 288 * 768, "mlp.up_proj": 288 * 768, "mlp.down_proj": 288 * 768,
-}  # fmt: skip
-NORMS = ("input_layernorm", "post_attention_layernorm")
-EXAMPLES = [
-    {"prompt": "start movie time =>", "reference": '{"do":"dim","what":"lights","where":"den"}',
-     "before": '{"do":"start","what":"timer"}', "after": '{"do":"dim","what":"lights","where":"den"}'},
-    {"prompt": "buy moo juice. =>", "reference": '{"do":"buy","what":"milk"}',
-     "before": '{"do":"buy","what":"juice"}', "after": '{"do":"buy","what":"milk"}'},
-    {"prompt": "hello house unbolt the windows in the bridge =>",
-     "reference": '{"do":"unlock","what":"window","where":"office"}',
-     "before": '{"do":"unlock","what":"window","where":"kitchen"}',
-     "after": '{"do":"unlock","what":"window","where":"bridge"}'},
-    {"prompt": "<script>alert(1)</script> & turn off the fountain =>", "reference": '{"do":"off","what":"fountain"}',
-     "before": '{"do":"off","what":"fountain"}', "after": '{"do":"off","what":"fountain"}'},
-]  # fmt: skip
-
-
-def candidates(layers: int, chance: random.Random, wanted: float) -> list[dict[str, Any]]:
-    """Llama's tensors in forward order, importances falling with the distance from the loss."""
-    found = []
-    for layer in range(layers):
-        for kind, sizes in (("linear", MATRICES), ("vector", dict.fromkeys(NORMS, 288))):
-            for name, numel in sizes.items():
-                importance = chance.lognormvariate(0, 0.8) * (layer + 2) / layers * (0.05 if kind == "vector" else 1)
-                deep = layer < layers * (1 - wanted)
-                found.append({"name": f"model.layers.{layer}.{name}.weight", "kind": kind, "block": layer,
-                              "numel": numel, "importance": importance - 0.02,
-                              "selected": not deep and importance > 0.5 * (kind == "linear")})  # fmt: skip
-    found.append({"name": "model.norm.weight", "kind": "vector", "block": layers, "numel": 288,
-                  "importance": 0.1, "selected": True})  # fmt: skip
-    found.append({"name": "lm_head.weight", "kind": "head", "block": layers, "numel": 4096 * 288,
-                  "importance": 6.0, "selected": True})  # fmt: skip
-    return found
-
-
-def fake_run(folder: Path, layers: int = 8, rounds: int = 3, steps: int = 200) -> Path:
-    """A finished run folder such as `edgegt run` leaves."""
-    folder.mkdir(parents=True, exist_ok=True)
-    chance = random.Random(7)
-    terms = {"floor": 431 * MIB, "base": 14 * MIB, "logits": 96 * MIB, "transient": 22 * MIB, "masters": 88 * MIB,
-             "planes": 44 * MIB, "optimizer": 46 * MIB, "gradients": 9 * MIB, "demoted": 12 * MIB,
-             "activations": 208 * MIB, "slack": 52 * MIB}  # fmt: skip
-    predicted, budget, full = sum(terms.values()), int(1.25 * GIB), 812_000_000_000_000
-    for index in range(rounds):
-        listed = candidates(layers, chance, 0.75 - 0.15 * (index % 3))
-        first = index * steps // rounds
-        plan = {"round": index, "first_step": first, "steps": (index + 1) * steps // rounds - first,
-                "strategy": "greentrainer", "selected": [c["name"] for c in listed if c["selected"]], "recompute": [],
-                "micro_batch": 8, "accumulation": 1, "value": 3.1, "optimality_gap": 0.0004, "candidates": listed,
-                "predicted": {"flops": full // 6, "flops_ratio": 0.481, "peak_bytes": predicted, "step_s": 0.31},
-                "budget": {"flops": full // 2, "memory_bytes": budget}, "memory": terms, "notes": []}  # fmt: skip
-        (folder / f"plan-{index}.json").write_text(json.dumps(plan))
-    with (folder / "metrics.jsonl").open("w") as file:
-        for step in range(1, steps + 1):
-            loss = 1.1 + 4.6 * math.exp(-step / 32) + chance.gauss(0, 0.11)
-            resident = predicted - 70 * MIB + int(chance.gauss(0, 6 * MIB))
-            line = {"step": step, "round": (step - 1) * rounds // steps, "epoch": step / 100, "loss": loss, "lr": 1e-3,
-                    "tokens_per_s": 2400 + chance.gauss(0, 60), "bytes": resident, "flops": step * full * 481 // 200_000,
-                    "peak_bytes": predicted - 28 * MIB - max(0, 30 - step) * MIB, "elapsed_s": step * 0.33,
-                    "remaining_s": (steps - step) * 0.33}  # fmt: skip
-            file.write(json.dumps(line) + "\n")
-    used = full * 481 // 1000
-    run = {
-        "version": "0.1.0", "command": "edgegt run --device jetson --epochs 2 --rho 0.5",
-        "device": {"name": "jetson-orin-nano-8gb", "title": "Jetson Orin Nano 8GB", "kind": "jetson", "on_board": False,
-                   "notice": "This machine is not a Jetson: the budgets are those of the Jetson Orin Nano 8GB."},
-        "model": {"name": "base-7m", "parameters": 7_340_000, "architecture": "LlamaForCausalLM", "fingerprint": "a1b2c3d4"},
-        "data": {"name": "household", "format": "jsonl", "rows": 1640, "kept": 1633, "cut": 4, "dropped": {"empty": 5, "too long": 2},
-                 "train_rows": 1400, "eval_rows": 233, "supervised_tokens": 25_310},
-        "budget": {"rho": 0.5, "flops": full // 2, "memory_bytes": budget},
-        "predicted": {"flops_ratio": 0.486, "flops": full * 486 // 1000, "peak_bytes": predicted, "step_s": 0.31,
-                      "device_step_s": 0.082, "floor_bytes": terms["floor"]},
-        "measured": {"flops_ratio": 0.481, "flops": used, "peak_bytes": predicted - 28 * MIB,
-                     "floor_bytes": terms["floor"] + 3 * MIB, "step_s": 0.33, "tokens_per_s": 2402.5, "train_s": 66.4,
-                     "elapsed_s": 92.0, "probe_flops": full * 21 // 1000},
-        "full_flops": full, "strategy": "greentrainer", "backend": "torch", "threads": 2, "memory_terms": terms,
-        "fallbacks": ["bitsandbytes' kernels do not run here: the torch backend is used"],
-        "power": {"watts": 15.0, "source": "profile", "mode": "15W"}, "finished": True,
-    }  # fmt: skip
-    before = {"loss": 5.7021, "perplexity": 299.5, "tokens": 3610, "rows": 233, "exact_match": 0.034, "general_exact_match": 0.985}
-    after = {"loss": 1.1764, "perplexity": 3.24, "tokens": 3610, "rows": 233, "exact_match": 0.914, "general_exact_match": 0.975}
-    options = {"device": "jetson", "model": None, "data": None, "columns": None, "output": "run", "seed": 0, "lr": 0.001,
-               "epochs": 2, "steps": None, "batch_size": 8, "max_length": 512, "rho": 0.5, "memory": None,
-               "strategy": "greentrainer", "round_epochs": 1, "eval_fraction": 0.1, "schedule": "cosine", "examples": True}
-    trees = {"run": run, "options": options, "eval": {"before": before, "after": after, "examples": EXAMPLES}, "profile": {}}
-    for name, tree in trees.items():
-        (folder / f"{name}.json").write_text(json.dumps(tree))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +199,9 @@ def test_a_users_text_is_escaped(tmp_path: Path) -> None:
     example = {"prompt": evil, "reference": evil, "before": evil, "after": evil}
     change(folder, "eval.json", examples=[*EXAMPLES, example])
     run = json.loads((folder / "run.json").read_text())
-    change(folder, "run.json", command=f"edgegt run --data {evil}", fallbacks=[evil], data={**run["data"], "name": evil},
-           model={**run["model"], "name": evil}, device={**run["device"], "title": evil, "notice": evil})  # fmt: skip
+    change(folder, "run.json", command=f"edgegt run --data {evil}", fallbacks=[evil])
+    change(folder, "run.json", model={**run["model"], "name": evil}, data={**run["data"], "name": evil})
+    change(folder, "run.json", device={**run["device"], "title": evil, "notice": evil})
     change(folder, "options.json", data=evil)
     write_report(folder)
     page = page_of(folder)
@@ -422,7 +332,7 @@ def test_what_is_no_run_folder_is_refused_with_a_remedy(tmp_path: Path) -> None:
     fake_run(tmp_path / "list", layers=1, rounds=1, steps=4)
     (tmp_path / "list" / "run.json").write_text("[]")
     cases = {
-        "nowhere": "does not exist: give the folder that", "empty": "is not a run folder, it has no run.json: give",
+        "nowhere": r"does not exist: give the folder that", "empty": "is not a run folder, it has no run.json: give",
         "file": "does not exist: give", "damaged": r"plan-0.json' is not JSON \(.*\): restore it",
         "list": "run.json' holds a list, not an object: restore it",
     }  # fmt: skip
@@ -447,7 +357,7 @@ def test_a_report_is_written_whole_and_leaves_nothing_beside_it(tmp_path: Path) 
 def test_a_page_that_cannot_be_written_is_said_and_leaves_nothing_half_done(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run", layers=1, rounds=1, steps=4)
     (folder / "report.html").mkdir()
-    with pytest.raises(EdgegtError, match="cannot write '.*report.html': .*; free space or make") as refusal:
+    with pytest.raises(EdgegtError, match=r"cannot write '.*report\.html': .*; free space or make") as refusal:
         write_report(folder)
     assert "\n" not in str(refusal.value)
     assert not list(folder.glob(".*"))
@@ -464,33 +374,7 @@ def test_every_term_of_the_memory_model_has_a_meaning_and_a_colour(tmp_path: Pat
     assert "predicted peak" in text_of(page_of(folder))
 
 
-def test_a_long_run_is_thinned_and_a_smooth_line_has_no_bias_at_its_start() -> None:
-    assert thin([1.0, 5.0, 2.0], max) == [1.0, 5.0, 2.0]
-    assert thin([], max) == []
-    assert thin([float(value) for value in range(10)], max, most=4) == [2.0, 5.0, 8.0, 9.0]
-    assert len(thin([0.0] * 100_000, max)) <= 500
-    assert smooth([3.0] * 20, 0.9) == pytest.approx([3.0] * 20)
-    assert smooth([2.0, 4.0], 0.5) == pytest.approx([2.0, 10 / 3])
-
-
 def test_an_eighty_layer_run_of_many_steps_is_a_page_of_moderate_size(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run", layers=80, rounds=4, steps=5000)
     write_report(folder)
     assert (folder / "report.html").stat().st_size < 2 * MIB
-
-
-def test_the_grid_finds_layers_and_kinds_in_the_names_of_every_family() -> None:
-    assert place("model.layers.7.self_attn.q_proj.weight") == ("7", "self_attn.q_proj")
-    assert place("transformer.h.11.attn.c_attn.bias") == ("11", "attn.c_attn bias")
-    assert place("gpt_neox.layers.0.mlp.dense_h_to_4h.weight") == ("0", "mlp.dense_h_to_4h")
-    assert place("model.layers.3.mlp.experts.5.w1.weight") == ("3", "mlp.experts.*.w1")
-    assert place("lm_head.weight") == ("lm_head", "")
-    columns = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    assert short_labels(columns) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
-
-
-def test_the_grid_goes_from_the_loss_down_with_matrices_first() -> None:
-    grid = lay_out([{"candidates": candidates(3, random.Random(0), 0.5)}, {}])
-    assert grid.rows == ("lm_head", "norm", "2", "1", "0")
-    assert grid.columns == (*MATRICES, *NORMS)
-    assert grid.places["model.layers.1.mlp.up_proj.weight"] == ("1", "mlp.up_proj")

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from edgegt import strategies
-from edgegt.strategies import STRATEGIES, Case, _drop, quiet_stdout, bits, joint, relaxed_bound
+from edgegt.strategies import STRATEGIES, Case, _drop, bits, joint, quiet_stdout, relaxed_bound
 
 
 def chain(count: int, seed: int = 0) -> Case:
