@@ -117,7 +117,7 @@ def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:
 
 
 def check_memory(memory_bytes: int, options: RunOptions, need: Need, schedule: Schedule) -> None:
-    """Raises: BudgetError, with the smallest budget that would do, when `memory_bytes` are too few to train anything."""
+    """Raises: BudgetError, with the smallest budget that would do, when `memory_bytes` is too little to train in."""
     least = smallest_bytes(options, need, schedule)
     if least > memory_bytes:
         remedy = "lower --max-length" if need.table.base_bytes < memory_bytes / 2 else "take a smaller model"

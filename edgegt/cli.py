@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from edgegt.errors import EdgegtError, InputError, nearest
 from edgegt.log import Log
 from edgegt.options import RunOptions, flag, merge_options, option_type, read_options
+from edgegt.process import share_the_machine
 from edgegt.version import __version__
 
 
@@ -66,7 +67,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    share_the_machine()
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """How much the loss would fall if a tensor were updated once, measured without updating anything.
 
-For one micro-batch in halves A and B, AdamW's first step along sign(g_A) lowers the loss on B by lr * sum g_B sign(g_A):
+For a micro-batch in halves A and B, AdamW's first step along sign(g_A) lowers the loss on B by lr sum g_B sign(g_A):
 
     I_k = 1/2 (sum g_B sign g_A + sum g_A sign g_B)          (per unit of learning rate)
 

@@ -58,4 +58,3 @@ class Log:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-

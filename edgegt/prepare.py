@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from edgegt.allocator import trim
 from edgegt.budget import Need, Probes, check_memory, evaluation_rows, flops_budget, plan_probes
 from edgegt.cost import BatchShape
 from edgegt.device import Resolved
@@ -15,6 +14,7 @@ from edgegt.host import Host
 from edgegt.job import Corpus, Schedule, make_schedule, memory_budget, model_name, read_corpus, resolve
 from edgegt.log import Log
 from edgegt.options import RunOptions
+from edgegt.process import trim
 from edgegt.source import Source, load_tokenizer, open_source, read_config
 from edgegt.store import cache_dir
 from edgegt.watch import MemoryWatch

@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from edgegt.allocator import return_freed_memory, trim
 from edgegt.errors import Interrupted
 from edgegt.folder import RunFolder, choose_folder, make_folder
 from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.prepare import Setup, prepare
+from edgegt.process import share_the_machine, trim
 from edgegt.version import __version__
 
 
@@ -40,7 +40,7 @@ def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
     """
     log = log or Log()
     outcome = Outcome()
-    return_freed_memory()
+    share_the_machine()
     setup = prepare(options, log)
     if options.strategy == "full":
         from edgegt.full import FloatTrainee as Trainee

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from edgegt.allocator import trim
 from edgegt.budget import largest
 from edgegt.checkpoint import Position, save_checkpoint
 from edgegt.data import collate
@@ -23,6 +22,7 @@ from edgegt.optimizer import AdamW, schedule
 from edgegt.patch import save_patch
 from edgegt.planner import Plan, Problem, plan
 from edgegt.prepare import Setup
+from edgegt.process import trim
 from edgegt.selection import Trainables
 from edgegt.speed import Speed, of_machine, of_profile
 from edgegt.store import cache_dir

@@ -70,7 +70,8 @@ def fake_run(folder: Path, layers: int = 8, rounds: int = 3, steps: int = 200) -
             resident = predicted - 70 * MIB + int(chance.gauss(0, 6 * MIB))
             line = {"step": step, "round": (step - 1) * rounds // steps, "epoch": step / 100, "loss": loss, "lr": 1e-3,
                     "tokens_per_s": 2400 + chance.gauss(0, 60), "bytes": resident,
-                    "flops": step * full * 481 // (1000 * steps), "peak_bytes": predicted - 28 * MIB - max(0, 30 - step) * MIB, "elapsed_s": step * 0.33,
+                    "flops": step * full * 481 // (1000 * steps),
+                    "peak_bytes": predicted - 28 * MIB - max(0, 30 - step) * MIB, "elapsed_s": step * 0.33,
                     "remaining_s": (steps - step) * 0.33}  # fmt: skip
             file.write(json.dumps(line) + "\n")
     used = full * 481 // 1000
@@ -81,7 +82,8 @@ def fake_run(folder: Path, layers: int = 8, rounds: int = 3, steps: int = 200) -
         "model": {"name": "base-7m", "parameters": 7_340_000, "architecture": "LlamaForCausalLM",
                   "fingerprint": "a1b2c3d4"},
         "data": {"name": "household", "format": "jsonl", "rows": 1640, "kept": 1633, "cut": 4,
-                 "dropped": {"empty": 5, "too long": 2}, "train_rows": 1400, "eval_rows": 233, "supervised_tokens": 25_310},
+                 "dropped": {"empty": 5, "too long": 2}, "train_rows": 1400, "eval_rows": 233,
+                 "supervised_tokens": 25_310},
         "budget": {"rho": 0.5, "flops": full // 2, "memory_bytes": budget},
         "predicted": {"flops_ratio": 0.486, "flops": full * 486 // 1000, "peak_bytes": predicted, "step_s": 0.31,
                       "device_step_s": 0.082, "floor_bytes": terms["floor"]},

@@ -24,7 +24,7 @@ LAYERS = {
     "stages": "full trainee prepare use outlook doctor report",
     "parts of a run": "train evaluate checkpoint selection importance patch speed budget job",
     "model and data": "model trace architecture loss optimizer flops store source data quant",
-    "surroundings": "folder log watch allocator home",
+    "surroundings": "folder log watch home process",
     "without torch": "options device profile host cost memory planner strategies",
     "ground": "errors units version",
 }

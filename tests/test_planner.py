@@ -12,7 +12,7 @@ import pytest
 
 from edgegt.cost import BatchShape, CostTable, Path, Weight, Work
 from edgegt.errors import BudgetError, InputError
-from edgegt.memory import Surroundings, peak_terms, worst_shape
+from edgegt.memory import Surroundings, freed_logit_bytes, fused_gradient_bytes, peak_terms, worst_shape
 from edgegt.planner import STRATEGIES, Plan, Problem, plan, smallest
 from edgegt.units import parse_bytes
 
@@ -32,8 +32,8 @@ def random_table(draw: random.Random, count: int) -> CostTable:
         Path(mask, Work(row=draw.randint(0, 90), token=draw.randint(0, 300_000)), Work(token=draw.randint(0, 40_000)))
         for mask in masks
     )
-    head = Work(kept=400_000)
-    return CostTable(3, weights, paths, Work(token=600_000, pair=40) + head, head, 10**6, 10**6, 0, Work(token=5_000))
+    head, widest = Work(kept=400_000), Work(token=draw.choice((200, 200, 5_000)))
+    return CostTable(3, weights, paths, Work(token=600_000, pair=40) + head, head, 10**6, 10**6, 0, widest)
 
 
 def llama_table(layers: int, hidden: int = 1024, inner: int = 2816, vocabulary: int = 32000) -> CostTable:
@@ -168,6 +168,18 @@ def test_both_budgets_bind_in_the_brute_force_cases() -> None:
     assert len(feasible) >= 60
     assert freer_flops >= 20
     assert freer_memory >= 20
+
+
+def test_freed_logits_take_the_place_of_some_gradients_in_the_brute_force_cases() -> None:
+    covered, larger = 0, 0
+    for problem in map(random_problem, range(80)):
+        worst = worst_shape(problem.table, problem.shapes, problem.batch_size, problem.vocabulary)
+        freed = freed_logit_bytes(problem.table, worst, problem.vocabulary)
+        gradients = [fused_gradient_bytes(weight) for weight in problem.table.weights]
+        covered += min(gradients) < freed
+        larger += 0 < freed < max(gradients)
+    assert covered >= 20
+    assert larger >= 20
 
 
 def brute_force_feasible(problem: Problem) -> bool:

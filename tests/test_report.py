@@ -282,7 +282,7 @@ def test_an_interrupted_run_shows_what_it_used_so_far(tmp_path: Path) -> None:
     assert report["energy"]["full_wh"] is None
     assert "This run is not finished. It was stopped after step 30" in text
     assert "no evaluation after" in text
-    assert "Held-out loss 5.70 before training with 7.22 % of the FLOPs of full fine-tuning so far" in text
+    assert "Held-out loss 5.70 before training with 36.1 % of the FLOPs of full fine-tuning so far" in text
     assert len(pictures(page_of(folder))) == 6
     assert Reader(page_of(folder)).open == []
 

@@ -1,0 +1,46 @@
+"""How this process shares the machine: freed memory is given back, and threads that wait do not spin.
+
+glibc raises the size from which it maps memory separately up to 32 MiB, after which short- and long-lived tensors share
+one heap that fragments: the same step then peaks 10 to 40 % higher and memory stays resident afterwards. A fixed
+threshold of 256 KiB returns every larger tensor; huge pages make the repeated mapping cheap. OpenMP's threads spin
+while they wait, which on a board with other work made the same training many times slower; told to, they sleep.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_THRESHOLD_BYTES = 1 << 18
+
+
+def share_the_machine() -> None:
+    """Set glibc's thresholds, torch's huge pages and OpenMP's waiting; to be called before torch is imported."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD_BYTES)
+
+
+def trim() -> None:
+    """Give back what the heap holds and nobody uses; called between the phases of a run (a few milliseconds)."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    """The C library, where it is glibc, else None: other allocators have other habits."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        libc = ctypes.CDLL(None)
+        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    except OSError:
+        return None
