@@ -103,6 +103,11 @@ class FloatTrainee:
         tensors = {name: parameter.detach().cpu().clone() for name, parameter in self.module.named_parameters()}
         save_patch(self.folder.patch, tensors, self.fingerprint, self.setup.source.name, __version__)
 
+    @property
+    def held_bytes(self) -> int:
+        """What the float model takes more than the int8 base that evaluation is planned with."""
+        return self.setup.need.table.float_bytes - self.setup.need.table.base_bytes
+
     def _micro_batch(self) -> int:
         rows = self.setup.options.batch_size
         while rows > 1 and sum(full_terms(self.setup, rows).values()) > self.setup.memory_bytes:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from edgegt.cost import BatchShape, CostTable, Weight
+from edgegt.cost import BatchShape, CostTable, Weight, Work
 from edgegt.units import MIB
 
 MASTER_BYTES = 4
@@ -61,20 +61,33 @@ def freed_logit_bytes(table: CostTable, worst: BatchShape, vocabulary: int) -> i
 
 
 def worst_shape(table: CostTable, shapes: Iterable[BatchShape], micro_batch: int, vocabulary: int) -> BatchShape:
-    """A shape that needs as much memory as any micro-batch, whatever is selected.
+    """A shape that needs as much memory as any micro-batch, whatever is selected, whatever gradient is the largest.
 
-    Bytes grow with the selection from logits alone to logits and every activation; a shape that is largest at both
-    ends is largest in between, and where two shapes share the ends their maximum, term by term, is taken.
+    It starts as the micro-batch that needs most with everything selected, and grows, term by term, by whichever
+    micro-batch some selection could make need more; a selection saves between nothing and everything of each kind.
     """
-    everything = table.saved_work((1 << len(table.weights)) - 1)
+    saved = table.saved_work((1 << len(table.weights)) - 1)
     micro = {BatchShape(min(micro_batch, shape.rows), shape.tokens, shape.kept) for shape in shapes}
 
-    def logits(shape: BatchShape) -> int:
-        return max(LOGIT_BYTES * vocabulary * shape.rows * shape.kept, table.widest.at(shape))
+    def ends(shape: BatchShape) -> tuple[int, int]:
+        """Bytes at the loss or later without a gradient, and later with one that outweighs the loss."""
+        logits = vocabulary * shape.rows * shape.kept
+        later = 4 * logits + table.widest.at(shape)
+        return max(LOGIT_BYTES * logits, later), later
 
-    least = max(micro, key=lambda shape: (logits(shape), shape.tokens))
-    most = max(micro, key=lambda shape: (logits(shape) + everything.at(shape), shape.kept))
-    return BatchShape(max(least.rows, most.rows), max(least.tokens, most.tokens), max(least.kept, most.kept))
+    def shortfall(worst: BatchShape, shape: BatchShape) -> int:
+        lacking = max(need - there for need, there in zip(ends(shape), ends(worst), strict=True))
+        for kind in ("row", "token", "pair", "kept"):
+            work = Work(**{kind: getattr(saved, kind)})
+            lacking += max(0, work.at(shape) - work.at(worst))
+        return lacking
+
+    worst = max(micro, key=lambda shape: (ends(shape)[0] + saved.at(shape), shape.kept))
+    while True:
+        short = max(micro, key=lambda shape: shortfall(worst, shape))
+        if shortfall(worst, short) <= 0:
+            return worst
+        worst = BatchShape(max(worst.rows, short.rows), max(worst.tokens, short.tokens), max(worst.kept, short.kept))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from edgegt.cost import BatchShape, CostTable, Work
 from edgegt.errors import BudgetError, EdgegtError, InputError, nearest
 from edgegt.memory import (
+    LIBRARY_BYTES,
     Surroundings,
     fixed_terms,
     freed_logit_bytes,
@@ -251,7 +252,7 @@ def _ratio_covering(flops: int, full: int) -> float:
 
 
 def _memory_message(problem: Problem, least: Smallest) -> str:
-    model = problem.around.floor_bytes + problem.table.base_bytes
+    model = problem.around.floor_bytes + LIBRARY_BYTES + problem.table.base_bytes
     needed = _rounded(least.memory_bytes, math.ceil)
     longest = max(shape.tokens for shape in problem.shapes)
     shorter = f"lower --max-length (rows have up to {longest} tokens)"

@@ -54,21 +54,19 @@ class Setup:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
-    @property
-    def evaluation_rows(self) -> int:
-        """Rows of an evaluation batch: no more than of a training batch, so that training sets the peak."""
-        return evaluation_rows(self.need, self._longest(), self.options.batch_size, self.memory_bytes)
+    def evaluation_rows(self, held_bytes: int) -> int:
+        """Rows of an evaluation batch beside `held_bytes`: no more than of a training batch, which sets the peak."""
+        left = self.memory_bytes - held_bytes
+        return evaluation_rows(self.need, self._longest(), self.options.batch_size, left)
 
-    @property
-    def evaluation_shape(self) -> BatchShape:
+    def evaluation_shape(self, held_bytes: int) -> BatchShape:
         """The largest evaluation batch."""
-        return replace(self._longest(), rows=self.evaluation_rows)
+        return replace(self._longest(), rows=self.evaluation_rows(held_bytes))
 
-    @property
-    def answer_rows(self) -> int:
+    def answer_rows(self, held_bytes: int) -> int:
         """Prompts answered together; only their last position reaches the head."""
-        shape = replace(self._longest(), kept=1)
-        return evaluation_rows(self.need, shape, 4 * self.options.batch_size, self.memory_bytes)
+        left = self.memory_bytes - held_bytes
+        return evaluation_rows(self.need, replace(self._longest(), kept=1), 4 * self.options.batch_size, left)
 
     def _longest(self) -> BatchShape:
         held_out = [*self.corpus.held_out, *self.corpus.general]

@@ -52,7 +52,7 @@ def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
     _record_inputs(setup, folder)
     log.say(f"run folder: {path}")
     trainee = Trainee(setup, folder, log)
-    before = evaluate(setup, trainee.module, trainee.meter, log, "before")
+    before = evaluate(setup, trainee, log, "before")
     try:
         trainee.train(outcome)
     except Interrupted:
@@ -63,7 +63,7 @@ def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
         _record_run(setup, folder, log, trainee, outcome, command, finished=False)
         if not trainee.complete:
             write_report_apart(path, log)
-    after = evaluate(setup, trainee.module, trainee.meter, log, "after")
+    after = evaluate(setup, trainee, log, "after")
     folder.write("eval.json", _evaluation(setup, before, after))
     _record_run(setup, folder, log, trainee, outcome, command, finished=True)
     del trainee
@@ -89,24 +89,25 @@ class Evaluation:
 EXAMPLES = 6
 
 
-def evaluate(setup: Setup, module: Any, meter: Any, log: Log, when: str) -> Evaluation:
+def evaluate(setup: Setup, trainee: Any, log: Log, when: str) -> Evaluation:
     """Held-out loss, exact match for the household, and answers to show; its FLOPs are not training FLOPs."""
     from edgegt import home
     from edgegt.evaluate import answer, exact_match, held_out_loss
 
-    held_out, rows = setup.corpus.held_out, setup.evaluation_rows
-    with meter.off():
+    held_out, module = setup.corpus.held_out, trainee.module
+    rows, prompts_together = setup.evaluation_rows(trainee.held_bytes), setup.answer_rows(trainee.held_bytes)
+    with trainee.meter.off():
         numbers = held_out_loss(module, held_out, setup.pad_id, rows, setup.device)
         if setup.corpus.general:
             for key, examples in (("exact_match", held_out), ("general_exact_match", setup.corpus.general)):
                 prompts = [example.prompt for example in examples]
-                texts = answer(module, setup.tokenizer, prompts, home.NEW_TOKENS, setup.answer_rows, setup.device)
+                texts = answer(module, setup.tokenizer, prompts, home.NEW_TOKENS, prompts_together, setup.device)
                 numbers[key] = exact_match(texts, [example.row for example in examples])
         answers: list[str] = []
         if setup.options.examples:
             longest = max(len(example.completion) for example in held_out)
             prompts = [example.prompt for example in shown(setup)]
-            answers = answer(module, setup.tokenizer, prompts, min(96, longest + 8), min(rows, 8), setup.device)
+            answers = answer(module, setup.tokenizer, prompts, min(96, longest + 8), min(prompts_together, 8), setup.device)
     trim()
     said = f"loss {numbers['loss']:.3f} on {numbers['rows']} held-out rows"
     if "exact_match" in numbers:

@@ -49,6 +49,16 @@ class Trainables:
         found |= {name: parameter.detach().cpu() for name, parameter in self.live.items()}
         return dict(sorted(found.items()))
 
+    def release(self) -> None:
+        """End training: drop masters and optimizer states, and keep the function as it is."""
+        for name in self.live:
+            if name in self.model.linears:
+                self.model.linears[name].demote()
+            else:
+                self.live[name].requires_grad_(False)
+        self.live.clear()
+        self.optimizer.states.clear()
+
     def _promote(self, name: str) -> None:
         resting = self.resting.pop(name, None)
         saved = self._read(resting) if resting else None

@@ -72,10 +72,18 @@ class Int8Trainee:
         self.complete = True
 
     def save(self) -> None:
-        """The patch: everything trained so far."""
+        """The patch: everything trained so far. Masters and optimizer states are freed; the model computes as before."""
         masters = self.trainables.masters()
         if masters:
             save_patch(self.folder.patch, masters, self.fingerprint, self.setup.source.name, __version__)
+        del masters
+        self.trainables.release()
+        trim()
+
+    @property
+    def held_bytes(self) -> int:
+        """What training has added to the base and evaluation must leave room for: the planes of trained tensors."""
+        return sum(linear.weight.nbytes for linear in self.model.linears.values() if linear.weight.low is not None)
 
     def _importance(self, index: int) -> dict[str, float]:
         setup = self.setup
@@ -157,7 +165,7 @@ class Int8Trainee:
         need, probes = setup.need, setup.probes
         outcome.predicted_peak = max(
             outcome.predicted_peak,
-            need.forward_bytes(setup.evaluation_shape),
+            need.forward_bytes(setup.evaluation_shape(0)),
             need.probe_bytes(largest(setup.schedule, probes.rows)) if self._probe_work else 0,
         )
         if chosen.peak_bytes > outcome.predicted_peak:

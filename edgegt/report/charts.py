@@ -18,6 +18,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from edgegt.report.facts import RunFacts, number
@@ -30,7 +31,7 @@ _VARIABLES = {
     **{colour: f"term-{i}" for i, colour in enumerate(TERM_COLOURS)},
 }
 MAX_POINTS = 500
-_SETTINGS = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 11.5, "font.family": "DejaVu Sans"}
+_SETTINGS = {"svg.fonttype": "none", "font.size": 11.5, "font.family": "DejaVu Sans"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def canvas(width: int, height: int, left: int, right: int, top: int, bottom: int
 def to_svg(figure: Figure, name: str, label: str) -> str:
     """The figure as an `<svg>` element in the page's colours and font; `name` keeps its ids apart from others'."""
     buffer = io.BytesIO()
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
@@ -87,6 +90,7 @@ def _themed(value: str, name: str) -> str:
     """An attribute with CSS variables for colour tokens, ids of its own, and the page's font."""
     value = re.sub(r"#0[0-9a-f]{5}", lambda match: f"var(--{_VARIABLES.get(match[0], 'ink')})", value)
     value = re.sub(r"font: ([\d.]+)px [^;]+", r"font-size: \1px", value)
+    value = re.sub(r"font-family: [^;]+(; *|$)", "", value)
     return re.sub(r"(url\(|^)#(?=[A-Za-z])", rf"\1#{name}-", value)
 
 
