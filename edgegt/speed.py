@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 UTILISATION = 0.3
 _PASSES_OVER_ACTIVATIONS = 6
+_OPERATIONS_PER_BLOCK = 400
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def of_profile(profile: Profile) -> Speed:
     )
 
 
-def of_machine(backend: Backend, device: torch.device, width: int, tokens: int) -> Speed:
+def of_machine(backend: Backend, device: torch.device, width: int, tokens: int, eight_bit: bool) -> Speed:
     """Measured here, at the model's width and the batch's tokens; about 0.3 s."""
     import torch
 
@@ -83,15 +84,15 @@ def of_machine(backend: Backend, device: torch.device, width: int, tokens: int) 
         backend.product(rows, row_scale, q, scale)
 
     wide = q.to(torch.float32)
-    vector = torch.randn(1 << 20, generator=generator).to(device)
-    target = torch.empty_like(vector)
-    optimizer, name = AdamW(eight_bit=False), "speed"
+    large = torch.randn(1 << 21, generator=generator).to(device)
+    target, few = torch.empty_like(large), torch.ones(64, device=device)
+    optimizer, vector = AdamW(eight_bit), large[: 1 << 18].clone()
     return Speed(
         int8=flops / _seconds(int8, device),
         float32=flops / _seconds(lambda: x @ wide.t(), device),
-        bandwidth=2 * 4 * vector.numel() / _seconds(lambda: torch.mul(vector, 1.5, out=target), device),
-        optimizer=0.4 * vector.numel() / _seconds(lambda: optimizer.update(name, vector, target, 1e-9), device),
-        overhead_s=6e-4,
+        bandwidth=2 * 4 * large.numel() / _seconds(lambda: torch.mul(large, 1.5, out=target), device),
+        optimizer=vector.numel() / _seconds(lambda: optimizer.update("speed", vector, vector, 1e-9), device),
+        overhead_s=_OPERATIONS_PER_BLOCK * _seconds(lambda: [few + few for _ in range(100)], device) / 100,
     )
 
 

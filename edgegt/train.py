@@ -23,7 +23,11 @@ from edgegt.errors import EdgegtError
 from edgegt.flops import FlopMeter
 from edgegt.loss import supervised_loss
 from edgegt.optimizer import clip, clip_together
+from edgegt.process import trim
 from edgegt.watch import MemoryWatch
+
+
+TRIM_EVERY = 16
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def train_round(
                 "elapsed_s": progress.train_s,
                 "remaining_s": progress.train_s / progress.step * (recipe.steps - progress.step),
             }  # fmt: skip
+            if progress.step % TRIM_EVERY == 0:
+                trim()
             file.write(json.dumps(entry) + "\n")
             file.flush()
             report(entry)

@@ -203,7 +203,8 @@ class Int8Trainee:
         table = self.setup.need.table
         width = max(weight.shape[1] for weight in table.weights if weight.kind == "head")
         shape = largest(self.setup.schedule, self.setup.options.batch_size)
-        return of_machine(self.setup.kernels.backend, self.setup.device, width, shape.rows * shape.tokens)
+        tokens = shape.rows * shape.tokens
+        return of_machine(self.setup.kernels.backend, self.setup.device, width, tokens, self.setup.eight_bit)
 
 
 def interrupted(progress: Progress, steps: int, folder: RunFolder) -> Interrupted:
