@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from edgegt.cost import BatchShape, CostTable
 from edgegt.errors import BudgetError
@@ -30,38 +31,54 @@ class Probes:
 
 PROBE_SHARE = 0.05
 PROBE_ROWS = (4, 64)
-EVALUATION_ROWS = 32
+ANSWER_TOKENS = 96
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a run needs whatever is selected: bytes before training, and the table it is planned with."""
+    """What a run needs whatever is selected. held_out: the longest held-out row, as a shape of one row."""
 
     table: CostTable
     floor_bytes: int
     vocabulary: int
+    held_out: BatchShape
+    eight_bit: bool = True
 
-    def forward_bytes(self, shape: BatchShape) -> int:
-        """Peak of a pass that keeps one block at a time: evaluation."""
-        return self._peak(shape, 0)
+    @property
+    def around(self) -> Surroundings:
+        """The surroundings of a first round."""
+        return Surroundings(self.floor_bytes, (), self.eight_bit)
 
-    def probe_bytes(self, shape: BatchShape) -> int:
+    def evaluation_bytes(self, rows: int, held_bytes: int = 0) -> int:
+        """Peak of the held-out loss with this many rows at a time, beside `held_bytes` of trained tensors."""
+        return self._peak(replace(self.held_out, rows=rows), held_bytes)
+
+    def answer_bytes(self, rows: int, held_bytes: int = 0) -> int:
+        """Peak of generating for this many prompts: only the last position reaches the head, keys and values stay."""
+        shape = replace(self.held_out, rows=rows, kept=1)
+        cached = 2 * 4 * self._width() * self.table.blocks * rows * (shape.tokens + ANSWER_TOKENS)
+        return self._peak(shape, held_bytes + cached)
+
+    def probe_bytes(self, shape: BatchShape, held_bytes: int = 0) -> int:
         """Peak of the importance pass: every block's input, and one block whole."""
-        width = max(weight.shape[1] for weight in self.table.weights if weight.kind == "head")
-        return self._peak(shape, 4 * width * shape.rows * shape.tokens * (self.table.blocks + 1))
+        inputs = 4 * self._width() * shape.rows * shape.tokens * (self.table.blocks + 1)
+        return self._peak(shape, held_bytes + inputs)
+
+    def _width(self) -> int:
+        return max(weight.shape[1] for weight in self.table.weights if weight.kind == "head")
 
     def _peak(self, shape: BatchShape, kept: int) -> int:
         everything = (1 << len(self.table.weights)) - 1
-        block = self.table.saved_work(everything).at(shape) // max(1, self.table.blocks)
-        terms = {**fixed_terms(self.table, Surroundings(self.floor_bytes), shape, self.vocabulary)}
-        terms |= {"kept": kept, "block": block}
+        terms = fixed_terms(self.table, self.around, shape, self.vocabulary)
+        terms["block"] = self.table.saved_work(everything).at(shape) // max(1, self.table.blocks)
+        terms["kept"] = kept
         return sum(terms.values()) + slack_bytes(terms)
 
 
-def evaluation_rows(need: Need, longest: BatchShape, most: int, memory_bytes: int) -> int:
-    """Rows of an evaluation batch: as many as fit, `most` and 32 at most."""
-    rows = min(EVALUATION_ROWS, most)
-    while rows > 1 and need.forward_bytes(BatchShape(rows, longest.tokens, longest.kept)) > memory_bytes:
+def rows_that_fit(peak: Callable[[int], int], most: int, memory_bytes: int) -> int:
+    """The largest of `most`, half of it, ... 1 whose peak fits; 1 when none does (which was refused before)."""
+    rows = most
+    while rows > 1 and peak(rows) > memory_bytes:
         rows //= 2
     return rows
 
@@ -73,10 +90,16 @@ def plan_probes(options: RunOptions, schedule: Schedule, rho: float, need: Need,
     dear = need.table.probe_work().at(worst) / (need.table.full_work().total(schedule.shapes) / total)
     rows = PROBE_SHARE * rho * total / dear / len(schedule.rounds)
     rows = int(min(max(rows, PROBE_ROWS[0]), PROBE_ROWS[1]))
-    per_batch = max(2, min(options.batch_size, rows // 2) // 2 * 2)
-    while per_batch > 2 and need.probe_bytes(largest(schedule, per_batch)) > memory_bytes:
-        per_batch = max(2, per_batch // 4 * 2)
+    per_batch = fitting_probe_rows(max(2, min(options.batch_size, rows // 2)), need, schedule, memory_bytes, 0)
     return Probes(per_batch, max(2, rows // per_batch // 2 * 2))
+
+
+def fitting_probe_rows(most: int, need: Need, schedule: Schedule, memory_bytes: int, held_bytes: int) -> int:
+    """Rows of a probe batch: even, at most `most`, and as many as fit beside `held_bytes`; 2 when nothing does."""
+    rows = most // 2 * 2
+    while rows > 2 and need.probe_bytes(largest(schedule, rows), held_bytes) > memory_bytes:
+        rows = max(2, rows // 4 * 2)
+    return rows
 
 
 def largest(schedule: Schedule, rows: int) -> BatchShape:
@@ -84,17 +107,18 @@ def largest(schedule: Schedule, rows: int) -> BatchShape:
     return BatchShape(rows, max(s.tokens for s in schedule.shapes), max(s.kept for s in schedule.shapes))
 
 
-def flops_budget(rho: float, table: CostTable, schedule: Schedule, probes: Probes) -> int:
-    """FLOPs that the run may spend. Raises: BudgetError when not even the forward passes and the probes fit."""
+def flops_budget(rho: float, options: RunOptions, need: Need, schedule: Schedule, probes: Probes) -> int:
+    """FLOPs that the run may spend. Raises: BudgetError when they do not pay for the probes and one trained tensor."""
+    table = need.table
     full = table.full_work().total(schedule.shapes)
     probing = len(schedule.rounds) * table.probe_work().total(probes.shapes(schedule))
-    least = table.forward.total(schedule.shapes) + probing
-    if least >= rho * full:
-        smallest_rho = math.ceil(least / full * 100 + 1) / 100
+    least = smallest(_unlimited(options, need, schedule)).rho_flops + probing
+    if least > int(rho * full):
+        smallest_rho = math.ceil(least / full * 100) / 100
         remedy = f"give --rho {smallest_rho:.2f} or more" if smallest_rho <= 1 else "give more --steps or --epochs"
         raise BudgetError(
-            f"rho {rho:g} is below the smallest reachable {least / full:.3f} on {schedule.steps} steps "
-            f"(forward passes, and measuring importance {probing / full:.3f}): {remedy}",
+            f"--rho {rho:g} is below the smallest reachable {least / full:.3f} on {schedule.steps} steps "
+            f"(of it {probing / full:.3f} to measure importance): {remedy}",
             smallest_rho=smallest_rho,
         )
     return int(rho * full)
@@ -102,18 +126,27 @@ def flops_budget(rho: float, table: CostTable, schedule: Schedule, probes: Probe
 
 def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:
     """The least peak with which the run can be done: its smallest evaluation, probe and training."""
-    problem = Problem(
+    probing = options.strategy == "greentrainer"
+    return max(
+        smallest(_unlimited(options, need, schedule)).memory_bytes,
+        need.probe_bytes(largest(schedule, 2)) if probing else 0,
+        need.evaluation_bytes(1),
+        need.answer_bytes(1),
+    )
+
+
+def _unlimited(options: RunOptions, need: Need, schedule: Schedule) -> Problem:
+    """The run as a problem in which every weight is worth the same and nothing is too much."""
+    return Problem(
         table=need.table,
         values={weight.name: 1.0 for weight in need.table.weights},
         shapes=schedule.shapes,
         flops=need.table.full_work().total(schedule.shapes),
         memory_bytes=1 << 62,
-        around=Surroundings(need.floor_bytes),
+        around=need.around,
         vocabulary=need.vocabulary,
         batch_size=options.batch_size,
     )
-    probe = 0 if options.strategy in ("last-layers", "random") else need.probe_bytes(largest(schedule, 2))
-    return max(smallest(problem).memory_bytes, probe, need.forward_bytes(largest(schedule, 1)))
 
 
 def check_memory(memory_bytes: int, options: RunOptions, need: Need, schedule: Schedule) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from edgegt.folder import write_tensors
 from edgegt.selection import Trainables
 
 FORMAT = "1"
@@ -34,9 +34,6 @@ def save_checkpoint(folder: Path, trainables: Trainables, position: Position) ->
         for key, value in (state.tensors() if state else {}).items():
             tensors[f"{name}|{key}"] = value.cpu().contiguous()
     about = {"format": FORMAT, "step": str(position.step), "round": str(position.round), "flops": str(position.flops)}
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".state.tmp"
-    save_file(tensors, str(partial), metadata=about)
     path = folder / "state.safetensors"
-    partial.replace(path)
+    write_tensors(path, tensors, about)
     return path

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,10 @@ from edgegt.version import __version__
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that name the nearest option."""
+    """argparse with one-line errors that name the nearest option, and no abbreviated options."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -51,14 +55,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (MemoryError, OSError) as error:
-        print(f"edgegt: {_system_problem(error)}", file=sys.stderr)
+    except (MemoryError, OSError, RuntimeError) as error:
+        line = _system_problem(error)
+        if line is None:
+            raise
+        print(f"edgegt: {line}", file=sys.stderr)
         return 1
 
 
-def _system_problem(error: MemoryError | OSError) -> str:
-    if isinstance(error, MemoryError):
+def _system_problem(error: MemoryError | OSError | RuntimeError) -> str | None:
+    """What the machine lacked, in one line; None for an error that is edgegt's own."""
+    # By name, because torch must not be imported for this: its CPU allocator raises a plain RuntimeError.
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    if isinstance(error, MemoryError) or named or "can't allocate memory" in str(error):
         return "out of memory: lower --memory or --batch-size"
+    if isinstance(error, RuntimeError):
+        return None
     where = f" ({error.filename})" if getattr(error, "filename", None) else ""
     return f"{getattr(error, 'strerror', None) or error}{where}: check the disk and the permissions, and run again"
 
@@ -83,8 +95,11 @@ def _parse(words: list[str]) -> argparse.Namespace:
         parser.print_help()
         raise SystemExit(0)
     parsed, left = parser.parse_known_args(words)
-    if left:
-        commands.choices[parsed.command].error(f"unrecognized arguments: {' '.join(left)}")
+    if left and left != ["--"]:
+        commands.choices.get(parsed.command, parser).error(f"unrecognized arguments: {' '.join(left)}")
+    if parsed.command is None:
+        parser.error(f"no command is named; commands: {', '.join(_COMMANDS)}")
+    parsed.typed = shlex.join(["edgegt", *words])
     return parsed
 
 
@@ -127,7 +142,7 @@ def _run(parsed: argparse.Namespace) -> int:
     options = _options(parsed)
     from edgegt.run import run
 
-    path = run(options, Log(parsed.quiet), "edgegt " + " ".join(sys.argv[1:]))
+    path = run(options, Log(parsed.quiet), parsed.typed)
     print(path)
     return 0
 
@@ -204,8 +219,8 @@ def _add_eval(commands: Any, name: str) -> None:
     parser = commands.add_parser(name, help="held-out loss of a run or of a model with a patch", prog="edgegt eval")
     _add_subject(parser)
     parser.add_argument("--data", help="file to evaluate on (default: the run's held-out rows)")
-    parser.add_argument("--columns", help="which fields to read, such as prompt=mr,completion=ref")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row at most (default: 512)")
+    parser.add_argument("--columns", help="which fields of --data to read, such as prompt=mr,completion=ref")
+    parser.add_argument("--max-length", type=int, help="tokens of a row of --data at most (default: the run's, or 512)")
     parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
     parser.set_defaults(handler=_eval)
 
@@ -217,8 +232,9 @@ def _eval(parsed: argparse.Namespace) -> int:
     if parsed.json:
         _print_json(numbers)
     else:
-        print("\n".join(f"{key:<20} {value:.4f}" if isinstance(value, float) else f"{key:<20} {value}"
-                        for key, value in numbers.items()))  # fmt: skip
+        for key, value in numbers.items():
+            text = "too large" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+            print(f"{key:<20} {text}")
     return 0
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgegt.units import format_bytes
 from edgegt.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgegt.quant import BackendCheck
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "scipy", "psutil")
 
@@ -28,7 +34,7 @@ def examine() -> dict[str, Any]:
     checks = check_backends(device)
     optimizer = eight_bit_works(device)
     return {
-        "ok": True,
+        "ok": can_train(checks, device),
         "version": __version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -45,6 +51,18 @@ def examine() -> dict[str, Any]:
         "cache": str(cache_dir()),
         "offline": bool(os.environ.get("HF_HUB_OFFLINE")),
     }  # fmt: skip
+
+
+def can_train(checks: Sequence[BackendCheck], device: torch.device, *, reference: Any = None) -> bool:
+    """Whether int8 weights can be multiplied here: by a backend of those checked, or by float products.
+
+    reference: makes the backend with float products; by default edgegt's own.
+    """
+    from edgegt.quant.backend import ReferenceBackend, check
+
+    if any(item.ok for item in checks):
+        return True
+    return check({"reference": reference or ReferenceBackend}, device)[0].ok
 
 
 def findings_text(findings: dict[str, Any]) -> str:
@@ -71,6 +89,8 @@ def findings_text(findings: dict[str, Any]) -> str:
         "AdamW       8-bit states work" if optimizer["ok"] else f"AdamW       float32 states ({optimizer['error']})"
     )
     lines.append(f"cache       {findings['cache']}")
+    if not findings["ok"]:
+        lines.append("result      edgegt cannot train here: neither int8 kernels nor float products work")
     return "\n".join(lines)
 
 

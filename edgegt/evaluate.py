@@ -16,7 +16,10 @@ from edgegt.loss import supervised_loss
 def held_out_loss(
     model: Any, examples: Sequence[Example], pad_id: int, batch_size: int, device: torch.device
 ) -> dict[str, Any]:
-    """Mean loss per supervised token, its perplexity, and how many tokens and rows it is the mean of."""
+    """Mean loss per supervised token, its perplexity, and how many tokens and rows it is the mean of.
+
+    The perplexity of a loss of 50 and more is None, because JSON has no infinity.
+    """
     total, tokens = 0.0, 0
     ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.completion))
     for start in range(0, len(ordered), batch_size):
@@ -24,7 +27,7 @@ def held_out_loss(
         total += float(supervised_loss(model, batch, device))
         tokens += batch.supervised
     loss = total / tokens
-    perplexity = math.exp(loss) if loss < 50 else math.inf
+    perplexity = math.exp(loss) if loss < 50 else None
     return {"loss": loss, "perplexity": perplexity, "tokens": tokens, "rows": len(examples)}
 
 

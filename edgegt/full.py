@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from edgegt.architecture import is_transposed
 from edgegt.cost import BatchShape, Work
 from edgegt.data import Batch, collate
 from edgegt.data.batches import IGNORE
@@ -23,6 +24,7 @@ from edgegt.optimizer import AdamW, schedule
 from edgegt.patch import save_patch
 from edgegt.prepare import Setup
 from edgegt.source import fingerprint
+from edgegt.speed import of_profile
 from edgegt.store import cache_dir
 from edgegt.train import Parts, Progress, Recipe, train_round
 from edgegt.trainee import interrupted, stopped_by_signals
@@ -36,15 +38,16 @@ class FloatTrainee:
     backend = "float32"
     probe_flops = 0
 
-    def __init__(self, setup: Setup, folder: RunFolder, log: Log) -> None:
+    def __init__(self, setup: Setup, log: Log) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.setup, self.folder, self.log = setup, folder, log
+        self.setup, self.log = setup, log
+        self._check()
         self.module: Any = AutoModelForCausalLM.from_pretrained(
             str(setup.source.directory), dtype=torch.float32, attn_implementation=register_attention(),
-            local_files_only=True,
+            local_files_only=True, trust_remote_code=False, use_safetensors=True,
         ).to(setup.device).eval()  # fmt: skip
         self.meter = FlopMeter()
         attach(self.module, self.meter)
@@ -52,9 +55,9 @@ class FloatTrainee:
         self.progress = Progress()
         self.complete = False
 
-    @staticmethod
-    def check(setup: Setup) -> None:
+    def _check(self) -> None:
         """Raises: BudgetError when full fine-tuning does not fit even with one row at a time."""
+        setup = self.setup
         least = sum(full_terms(setup, 1).values())
         if least > setup.memory_bytes:
             raise BudgetError(
@@ -64,14 +67,17 @@ class FloatTrainee:
                 smallest_bytes=least,
             )
 
-    def train(self, outcome: Any) -> None:
+    def train(self, folder: RunFolder, outcome: Any) -> None:
         """One round over all batches. Raises: Interrupted after the step in which a signal came."""
+        self.folder = folder
         setup, options = self.setup, self.setup.options
         micro_batch = self._micro_batch()
         terms = full_terms(setup, micro_batch)
         outcome.predicted_flops, outcome.predicted_peak, outcome.memory_terms = (
             setup.full_flops, sum(terms.values()), terms,
         )  # fmt: skip
+        table, shapes = setup.need.table, setup.schedule.shapes
+        outcome.device_step_s = of_profile(setup.resolved.profile).full_step_s(table, shapes[len(shapes) // 2])
         parameters = dict(self.module.named_parameters())
         self._record_plan(micro_batch, terms, list(parameters))
         optimizer = AdamW(False, options.weight_decay)
@@ -86,22 +92,21 @@ class FloatTrainee:
         total = setup.schedule.steps
         recipe = Recipe(
             lambda done: schedule(options.schedule, setup.lr, done, total, options.warmup),
-            options.max_grad_norm, total, setup.flops,
+            options.max_grad_norm, total, setup.flops, lambda shape: 0,
         )  # fmt: skip
         parts = Parts(self.module, setup.device, parameters, step, lambda: None, self.meter, setup.watch)
         self.log.start_steps(total)
         with stopped_by_signals(self.progress):
             train_round(parts, recipe, batches, micro_batch, 0, self.progress, self.folder.metrics,
                         self.log.step)  # fmt: skip
-        self.log.end_steps()
         if self.progress.stop is not None:
             raise interrupted(self.progress, total, self.folder)
         self.complete = True
 
-    def save(self) -> None:
-        """The patch: every tensor."""
-        tensors = {name: parameter.detach().cpu().clone() for name, parameter in self.module.named_parameters()}
-        save_patch(self.folder.patch, tensors, self.fingerprint, self.setup.source.name, __version__)
+    def save(self, folder: RunFolder) -> None:
+        """The patch: every tensor, matrices as [out, in]."""
+        about = self.setup.source.name, __version__, self.setup.corpus.separator
+        save_patch(folder.patch, whole_patch(self.module), self.fingerprint, *about)
 
     @property
     def held_bytes(self) -> int:
@@ -128,6 +133,13 @@ class FloatTrainee:
                             "selected": True} for w in table.weights],
             "notes": [],
         })  # fmt: skip
+
+
+def whole_patch(module: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of a float model as a patch holds it: on the CPU, matrices of linears as [out, in]."""
+    turned = {f"{name}.weight" for name, part in module.named_modules() if is_transposed(part)}
+    found = {name: parameter.detach().cpu() for name, parameter in module.named_parameters()}
+    return {name: tensor.t() if name in turned else tensor for name, tensor in found.items()}
 
 
 def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:

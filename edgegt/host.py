@@ -8,6 +8,7 @@ parameters, so that tests can hand in a machine made of files.
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -80,6 +81,14 @@ def read_host(
         cuda_name=cuda_name,
         cuda_bytes=cuda_bytes,
     )
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use, at least 1: fewer than the machine has where it is pinned to some."""
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    return max(1, cores)
 
 
 def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP, cgroup_root: Path = CGROUP_ROOT) -> int:

@@ -25,15 +25,37 @@ TWO_ROUNDS_FROM = 40
 
 @dataclass(frozen=True)
 class Corpus:
-    """The user's rows as token ids, on two sides, and what became of them."""
+    """The user's rows as token ids, on two sides. reports: of the training side and of the held-out side."""
 
     name: str
     format: str
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
     general: tuple[Example, ...]
-    report: TokenReport
+    reports: tuple[TokenReport, TokenReport]
     unread: dict[str, int]
+    separator: str
+
+    @property
+    def longest_held_out(self) -> BatchShape:
+        """One row as long as the longest held-out one, with room for rounding up."""
+        rows = [*self.held_out, *self.general]
+        tokens = max(len(example.inputs) for example in rows)
+        return BatchShape(1, tokens + 8, max(len(example.targets) for example in rows) + 4)
+
+    def to_json(self) -> dict[str, Any]:
+        """What became of every row of the data, for run.json."""
+        dropped = dict(self.unread)
+        for report in self.reports:
+            for reason, count in report.dropped.items():
+                dropped[reason] = dropped.get(reason, 0) + count
+        return {
+            "name": self.name, "format": self.format, "separator": self.separator,
+            "rows": sum(report.rows for report in self.reports) + sum(self.unread.values()),
+            "kept": sum(report.kept for report in self.reports), "cut": sum(report.cut for report in self.reports),
+            "dropped": dropped, "train_rows": len(self.train), "eval_rows": len(self.held_out),
+            "supervised_tokens": self.reports[0].supervised_tokens,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,9 @@ class Schedule:
 
 
 def resolve(options: RunOptions) -> tuple[Resolved, Host]:
-    """The profile of --device, and this machine."""
+    """The profile of --device, and this machine; torch is asked for the GPU."""
+    import torch  # noqa: F401
+
     host = read_host()
     return resolve_device(options.device, host), host
 
@@ -92,9 +116,12 @@ def _tokenised(
     unread: dict[str, int],
 ) -> Corpus:  # fmt: skip
     examples, report = tokenize(train, tokenizer, options.max_length)
-    held_out = tokenize(held[: options.eval_rows], tokenizer, options.max_length)[0]
+    held_out, held_report = tokenize(held, tokenizer, options.max_length)
     other = tuple(tokenize(general, tokenizer, options.max_length)[0]) if general else ()
-    return Corpus(name, form, tuple(examples), tuple(held_out), other, report, unread)
+    return Corpus(
+        name, form, tuple(examples), tuple(held_out[: options.eval_rows]), other, (report, held_report), unread,
+        train[0].separator,
+    )  # fmt: skip
 
 
 def make_schedule(options: RunOptions, train: tuple[Example, ...]) -> Schedule:

@@ -34,9 +34,11 @@ SLACK_BYTES = 6 * MIB
 LIBRARY_BYTES = 16 * MIB
 
 
-def optimizer_bytes(weight: Weight) -> int:
+def optimizer_bytes(weight: Weight, eight_bit: bool = True) -> int:
     """Bytes of the two AdamW states of one trained tensor."""
-    return 8 * weight.numel if weight.numel < SMALL_TENSOR else 2 * weight.numel + weight.numel // 32
+    if not eight_bit or weight.numel < SMALL_TENSOR:
+        return 8 * weight.numel
+    return 2 * weight.numel + weight.numel // 32
 
 
 def plane_bytes(weight: Weight) -> int:
@@ -44,10 +46,10 @@ def plane_bytes(weight: Weight) -> int:
     return 0 if weight.kind == "vector" else PLANE_BYTES * weight.numel
 
 
-def state_bytes(weight: Weight, accumulate: bool) -> int:
+def state_bytes(weight: Weight, accumulate: bool, eight_bit: bool = True) -> int:
     """Bytes that training this tensor adds for as long as the round lasts."""
     gradient = GRADIENT_BYTES * weight.numel if accumulate else 0
-    return MASTER_BYTES * weight.numel + plane_bytes(weight) + optimizer_bytes(weight) + gradient
+    return MASTER_BYTES * weight.numel + plane_bytes(weight) + optimizer_bytes(weight, eight_bit) + gradient
 
 
 def fused_gradient_bytes(weight: Weight, freed_bytes: int = 0) -> int:
@@ -92,10 +94,11 @@ def worst_shape(table: CostTable, shapes: Iterable[BatchShape], micro_batch: int
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What holds whatever is selected: the floor, and names of the tensors trained in earlier rounds."""
+    """What holds whatever is selected: the floor, tensors trained in earlier rounds, whether states are 8-bit."""
 
     floor_bytes: int
     demoted: tuple[str, ...] = ()
+    eight_bit: bool = True
 
 
 def fixed_terms(table: CostTable, around: Surroundings, worst: BatchShape, vocabulary: int) -> dict[str, int]:
@@ -132,7 +135,7 @@ def peak_terms(
     terms = fixed_terms(table, around, worst, vocabulary)
     terms["masters"] = sum(MASTER_BYTES * weight.numel for weight in chosen)
     terms["planes"] = sum(plane_bytes(weight) for weight in chosen)
-    terms["optimizer"] = sum(optimizer_bytes(weight) for weight in chosen)
+    terms["optimizer"] = sum(optimizer_bytes(weight, around.eight_bit) for weight in chosen)
     if accumulate:
         terms["gradients"] = sum(GRADIENT_BYTES * weight.numel for weight in chosen)
     else:

@@ -8,11 +8,12 @@ own steps. Tensors of 4096 elements or more keep both moments in 8 bits (bitsand
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from edgegt.errors import EdgegtError
 from edgegt.memory import SMALL_TENSOR
 
 _BLOCK = 256
@@ -124,17 +125,25 @@ def schedule(kind: str, lr: float, step: int, steps: int, warmup: float) -> floa
     return lr * factors[kind]
 
 
-def clip(gradient: torch.Tensor, most: float) -> float:
-    """Scale the gradient in place to the norm `most` if it is larger; returns the norm before."""
-    norm = float(gradient.norm())
-    if norm > most:
-        gradient.mul_(most / (norm + 1e-6))
-    return norm
+def clip(gradient: torch.Tensor, most: float, name: str = "") -> float:
+    """Scale the gradient of `name` in place to the norm `most` if it is larger; returns the norm before.
+
+    Raises: EdgegtError when the norm is not finite.
+    """
+    return clip_together([gradient], most, name)
 
 
-def clip_together(gradients: list[Any], most: float) -> float:
-    """Scale gradients in place so that their joint norm is at most `most`; returns the norm before."""
+def clip_together(gradients: Sequence[torch.Tensor], most: float, name: str = "") -> float:
+    """Scale gradients in place so that their joint norm is at most `most`; returns the norm before.
+
+    Raises: EdgegtError when the norm is not finite, before anything is scaled; `name` says whose gradients they are.
+    """
     norm = math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in gradients))
+    if not math.isfinite(norm):
+        raise EdgegtError(
+            f"the gradient{f' of {name}' if name else ''} is not finite (its norm is {norm}), nothing was updated by "
+            "it; lower --lr and run again"
+        )
     if norm > most:
         for gradient in gradients:
             gradient.mul_(most / (norm + 1e-6))

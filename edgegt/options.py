@@ -39,7 +39,7 @@ class RunOptions:
     rho: float | None = _option(None, "FLOPs of the run as a fraction of full fine-tuning (default: the profile's)")
     memory: str | None = _option(None, "peak memory of the process, such as 4GiB (default: the profile's)")
     strategy: str = _option("greentrainer", "how tensors are chosen", choices=STRATEGY_NAMES)
-    epochs: float | None = _option(None, "passes over the data (default: 2; the household: 8)")
+    epochs: float | None = _option(None, "passes over the data (default: 2; the household: 6)")
     steps: int | None = _option(None, "optimizer steps instead of epochs")
     round_epochs: float | None = _option(
         None, "epochs between two selections (default: half of the run, all of it below 40 steps)"

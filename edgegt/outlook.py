@@ -10,21 +10,21 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from edgegt.budget import Need, smallest_bytes
+from edgegt.budget import Need, plan_probes, smallest_bytes
 from edgegt.cost import BatchShape, CostTable
 from edgegt.errors import BudgetError, InputError
 from edgegt.job import Schedule, make_schedule, memory_budget, read_corpus, resolve
 from edgegt.log import Log
-from edgegt.memory import Surroundings
 from edgegt.options import RunOptions
 from edgegt.planner import Plan, Problem, plan
 from edgegt.units import format_bytes, format_duration, format_flops
+from edgegt.value import values_of
 
 PROXY = "proxy: square root of a weight's size, rising towards the loss (importance needs the weights and the data)"
 DEFAULT_STEPS = 100
 DEFAULT_TOKENS, DEFAULT_KEPT = 256, 64
 FLOOR_BYTES = 480 * 2**20
-SPREAD = {"flops": (1.0, 1.0, 1.05), "bytes": (0.92, 1.0, 1.05), "seconds": (0.6, 1.0, 2.5)}
+SPREAD = {"flops": (0.98, 1.0, 1.0), "bytes": (0.92, 1.0, 1.05), "seconds": (0.6, 1.0, 2.5)}
 
 
 def look_ahead(options: RunOptions, log: Log) -> dict[str, Any]:
@@ -42,22 +42,27 @@ def look_ahead(options: RunOptions, log: Log) -> dict[str, Any]:
     config, identity = _config(name)
     schedule, batch = _schedule(options, identity, config)
     table = trace(config)
-    need = Need(table, FLOOR_BYTES, int(config.get_text_config().vocab_size))
+    longest = BatchShape(1, max(s.tokens for s in schedule.shapes), max(s.kept for s in schedule.shapes))
+    need = Need(table, FLOOR_BYTES, int(config.get_text_config().vocab_size), longest)
     rho = options.rho or resolved.profile.rho
     full = table.full_work().total(schedule.shapes)
+    least = smallest_bytes(options, need, schedule)
+    probing = _probing(options, schedule, rho, need, memory_bytes)
     problem = Problem(
-        table, proxy_values(table), schedule.shapes, int(rho * full), memory_bytes,
-        Surroundings(FLOOR_BYTES), need.vocabulary, options.batch_size,
+        table, values_of(proxy_importance(table), table), schedule.shapes, int(rho * full) - probing, memory_bytes,
+        need.around, need.vocabulary, options.batch_size,
     )  # fmt: skip
     chosen, refusal = _plan(problem, options.strategy, options.seed)
+    if chosen is not None and least > memory_bytes:
+        chosen, refusal = None, f"evaluation and the importance pass need {format_bytes(least)}"
     outlook: dict[str, Any] = {
         "fits": chosen is not None,
         "device": resolved.profile.name,
         "notice": resolved.notice,
         "model": {"name": name, "architecture": (config.architectures or [config.model_type])[0],
                   "parameters": table.parameters, "base_bytes": table.base_bytes},
-        "budget": {"rho": rho, "flops": problem.flops, "memory_bytes": memory_bytes},
-        "smallest_bytes": smallest_bytes(options, need, schedule),
+        "budget": {"rho": rho, "flops": int(rho * full), "memory_bytes": memory_bytes},
+        "smallest_bytes": least,
         "batch": batch, "steps": schedule.steps, "importance": PROXY, "refusal": refusal,
         "floor_bytes": FLOOR_BYTES, "selected": [], "predicted": {}, "micro_batch": None, "memory": {},
     }  # fmt: skip
@@ -68,14 +73,23 @@ def look_ahead(options: RunOptions, log: Log) -> dict[str, Any]:
         outlook |= {"selected": list(chosen.selected), "micro_batch": chosen.micro_batch, "memory": chosen.memory}
         outlook["optimality_gap"] = chosen.optimality_gap
         outlook["predicted"] = {
-            "flops_ratio": chosen.flops_ratio, "flops": _spread(chosen.flops, "flops"),
+            "flops_ratio": (chosen.flops + probing) / full, "flops": _spread(chosen.flops + probing, "flops"),
+            "probe_flops": probing,
             "peak_bytes": _spread(chosen.peak_bytes, "bytes"), "step_s": _spread(step_s, "seconds"),
             "train_s": _spread(step_s * schedule.steps, "seconds"), "full_flops": full,
         }  # fmt: skip
     return outlook
 
 
-def proxy_values(table: CostTable) -> dict[str, float]:
+def _probing(options: RunOptions, schedule: Schedule, rho: float, need: Need, memory_bytes: int) -> int:
+    """FLOPs that measuring importance will take; nothing for strategies that do not."""
+    if options.strategy != "greentrainer":
+        return 0
+    probes = plan_probes(options, schedule, rho, need, memory_bytes)
+    return len(schedule.rounds) * need.table.probe_work().total(probes.shapes(schedule))
+
+
+def proxy_importance(table: CostTable) -> dict[str, float]:
     """A stand-in for importance: square root of the size, up to twice as much at the top of the stack."""
     return {w.name: math.sqrt(w.numel) * (1 + max(0, w.block) / max(1, table.blocks)) for w in table.weights}
 
@@ -104,7 +118,7 @@ def _schedule(options: RunOptions, model: str, config: Any) -> tuple[Schedule, s
         stated = f"default: {steps} steps of {shape.rows} rows x {shape.tokens} tokens, {shape.kept} of them completion"
         empty = tuple((0.0, ()) for _ in range(steps))
         return Schedule(empty, (shape,) * steps, (steps,)), stated
-    corpus = read_corpus(options, load_tokenizer(locate(model)))
+    corpus = read_corpus(options, load_tokenizer(locate(model, weights=False)))
     schedule = make_schedule(replace(options, model=options.model), corpus.train)
     longest = max(shape.tokens for shape in schedule.shapes)
     return schedule, f"{corpus.name}: {schedule.steps} steps of {options.batch_size} rows, at most {longest} tokens"

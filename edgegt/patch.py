@@ -8,23 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgegt.errors import InputError
+from edgegt.folder import write_tensors
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from edgegt.model import Int8Model
+    from edgegt.quant import Int8Embedding, Int8Linear
 
 FORMAT = "1"
 
 
-def save_patch(path: Path, tensors: Mapping[str, torch.Tensor], fingerprint: str, model: str, version: str) -> None:
-    """Write the trained tensors (float32, by weight name) with the base's fingerprint, whole or not at all."""
-    from safetensors.torch import save_file
+def save_patch(
+    path: Path, tensors: Mapping[str, torch.Tensor], fingerprint: str, model: str, version: str, separator: str = ""
+) -> None:
+    """Write the trained tensors (float32, by weight name) with the base's fingerprint, whole or not at all.
 
-    about = {"format": FORMAT, "fingerprint": fingerprint, "model": model, "edgegt": version}
-    partial = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(partial), metadata=about)
-    partial.replace(path)
+    separator: what stood between prompt and completion in training, so that the patch can be asked alike.
+    """
+    about = {"format": FORMAT, "fingerprint": fingerprint, "model": model, "edgegt": version, "separator": separator}
+    write_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, about)
 
 
 def read_patch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -45,13 +49,12 @@ def read_patch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, about
 
 
-def apply_patch(model: Int8Model, path: Path) -> None:
-    """Put the trained tensors into the int8 model, as the two planes that training computed with.
+def apply_patch(model: Int8Model, path: Path) -> dict[str, str]:
+    """Put the trained tensors into the int8 model, as the two planes that training computed with; returns the metadata.
 
-    Raises: InputError when the patch belongs to another base.
+    An embedding that was trained whole goes to a tied head too, unless the patch has the head apart.
+    Raises: InputError when the patch belongs to another base; nothing is changed then.
     """
-    from edgegt.quant import split_planes
-
     tensors, about = read_patch(path)
     if about["fingerprint"] != model.fingerprint:
         raise InputError(
@@ -59,17 +62,55 @@ def apply_patch(model: Int8Model, path: Path) -> None:
             f"{about['fingerprint'][:12]}) than '{model.source.name}' ({model.fingerprint[:12]}): give that base "
             "with --model"
         )
-    for name, tensor in tensors.items():
-        held = model.linears[name].weight if name in model.linears else model.vectors.get(name)
-        if held is not None and held.shape != tensor.shape:
+    holders = {name: _holder(model, name) for name in tensors}
+    for name, holder in holders.items():
+        if holder is None:
+            raise InputError(f"patch '{path}' has '{name}', which '{model.source.name}' does not: give the right base")
+        shape, held = tuple(tensors[name].shape), _shape(holder)
+        if held != shape:
             raise InputError(
-                f"patch '{path}' has '{name}' as {tuple(tensor.shape)}, '{model.source.name}' as {tuple(held.shape)}: "
+                f"patch '{path}' has '{name}' as {shape}, '{model.source.name}' as {held}: "
                 "take the patch from the run folder again"
             )
     for name, tensor in tensors.items():
-        if name in model.linears:
-            model.linears[name].restore(split_planes(tensor.to(model.device)))
-        elif name in model.vectors:
-            model.vectors[name].data.copy_(tensor)
-        else:
-            raise InputError(f"patch '{path}' has '{name}', which '{model.source.name}' does not: give the right base")
+        _put(holders[name], tensor.to(model.device))
+    embedding = model.module.get_input_embeddings()
+    if model.tied and model.head not in tensors and any(holder is embedding for holder in holders.values()):
+        model.linears[model.head].restore(embedding.weight)
+    return about
+
+
+def _holder(model: Int8Model, name: str) -> Int8Linear | Int8Embedding | nn.Parameter | None:
+    """What holds the tensor of this name: an int8 layer, an int8 embedding, or a float parameter; None for nothing."""
+    from torch import nn
+
+    from edgegt.quant import Int8Embedding
+
+    if name in model.linears:
+        return model.linears[name]
+    owner, _, short = name.rpartition(".")
+    try:
+        module = model.module.get_submodule(owner)
+    except AttributeError:
+        return None
+    if isinstance(module, Int8Embedding):
+        return module if short == "weight" else None
+    found = getattr(module, short, None)
+    return found if isinstance(found, nn.Parameter) else None
+
+
+def _shape(holder: Int8Linear | Int8Embedding | nn.Parameter) -> tuple[int, ...]:
+    from torch import nn
+
+    return tuple(holder.shape if isinstance(holder, nn.Parameter) else holder.weight.shape)
+
+
+def _put(holder: Int8Linear | Int8Embedding | nn.Parameter | None, tensor: torch.Tensor) -> None:
+    from edgegt.quant import Int8Embedding, Int8Linear, split_planes
+
+    if isinstance(holder, Int8Linear):
+        holder.restore(split_planes(tensor))
+    elif isinstance(holder, Int8Embedding):
+        holder.weight = split_planes(tensor)
+    elif holder is not None:
+        holder.data.copy_(tensor)

@@ -136,7 +136,8 @@ def _case(problem: Problem, micro_batch: int) -> Case:
     demoted = set(problem.around.demoted)
     resting = {weight.name: plane_bytes(weight) for weight in table.weights if weight.name in demoted}
     flops = [total(weight.dw) for weight in table.weights]
-    memory = [state_bytes(weight, accumulate) - resting.get(weight.name, 0) for weight in table.weights]
+    eight_bit = problem.around.eight_bit
+    memory = [state_bytes(weight, accumulate, eight_bit) - resting.get(weight.name, 0) for weight in table.weights]
     paths: dict[int, tuple[int, int]] = {}
     shared = [(path.weights, total(path.flops), path.saved_bytes.at(worst)) for path in table.paths]
     allowed = sum(1 << bit for bit in candidates)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from edgegt.budget import Need, Probes, check_memory, evaluation_rows, flops_budget, plan_probes
-from edgegt.cost import BatchShape
+from edgegt.budget import Need, Probes, check_memory, flops_budget, plan_probes, rows_that_fit
 from edgegt.device import Resolved
-from edgegt.host import Host
+from edgegt.host import Host, usable_cores
 from edgegt.job import Corpus, Schedule, make_schedule, memory_budget, model_name, read_corpus, resolve
 from edgegt.log import Log
 from edgegt.options import RunOptions
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run works with. lr: peak learning rate; eight_bit: optimizer states in 8 bits."""
+    """What a run works with. lr: peak learning rate."""
 
     options: RunOptions
     resolved: Resolved
@@ -45,7 +43,6 @@ class Setup:
     memory_bytes: int
     lr: float
     kernels: Choice
-    eight_bit: bool
     device: torch.device
     watch: MemoryWatch
 
@@ -56,22 +53,13 @@ class Setup:
 
     def evaluation_rows(self, held_bytes: int) -> int:
         """Rows of an evaluation batch beside `held_bytes`: no more than of a training batch, which sets the peak."""
-        left = self.memory_bytes - held_bytes
-        return evaluation_rows(self.need, self._longest(), self.options.batch_size, left)
-
-    def evaluation_shape(self, held_bytes: int) -> BatchShape:
-        """The largest evaluation batch."""
-        return replace(self._longest(), rows=self.evaluation_rows(held_bytes))
+        most = min(32, self.options.batch_size)
+        return rows_that_fit(lambda rows: self.need.evaluation_bytes(rows, held_bytes), most, self.memory_bytes)
 
     def answer_rows(self, held_bytes: int) -> int:
         """Prompts answered together; only their last position reaches the head."""
-        left = self.memory_bytes - held_bytes
-        return evaluation_rows(self.need, replace(self._longest(), kept=1), 4 * self.options.batch_size, left)
-
-    def _longest(self) -> BatchShape:
-        held_out = [*self.corpus.held_out, *self.corpus.general]
-        tokens = max(len(example.inputs) for example in held_out)
-        return BatchShape(1, tokens + 8, max(len(example.targets) for example in held_out) + 4)
+        most = min(32, 4 * self.options.batch_size)
+        return rows_that_fit(lambda rows: self.need.answer_bytes(rows, held_bytes), most, self.memory_bytes)
 
 
 def prepare(options: RunOptions, log: Log) -> Setup:
@@ -83,7 +71,7 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     source, config = open_source(name), read_config(name)
     tokenizer = load_tokenizer(source.directory)
     corpus = read_corpus(options, tokenizer)
-    log.say(f"data: {corpus.name} ({corpus.format}), {corpus.report.line()}; {len(corpus.held_out)} held out")
+    log.say(f"data: {corpus.name} ({corpus.format}), {corpus.reports[0].line()}; {len(corpus.held_out)} held out")
 
     device, watch = start_torch(options, resolved, log)
     schedule = make_schedule(options, corpus.train)
@@ -92,7 +80,7 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     _use_everything_once(kernels, device)
     eight_bit = eight_bit_states(device, log)
     trim()
-    need = Need(table, watch.now(), int(config.get_text_config().vocab_size))
+    need = Need(table, watch.now(), int(config.get_text_config().vocab_size), corpus.longest_held_out, eight_bit)
     memory_bytes, less = memory_budget(options, resolved, host)
     if less:
         log.fallback(less)
@@ -102,13 +90,13 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     else:
         probing = options.strategy == "greentrainer"
         probes = plan_probes(options, schedule, rho, need, memory_bytes) if probing else Probes(0, 0)
-        flops = flops_budget(rho, table, schedule, probes)
+        flops = flops_budget(rho, options, need, schedule, probes)
         check_memory(memory_bytes, options, need, schedule)
     return Setup(
         options=options, resolved=resolved, host=host, source=source, config=config, tokenizer=tokenizer,
         corpus=corpus, schedule=schedule, need=need, probes=probes, rho=rho, flops=flops,
         full_flops=table.full_work().total(schedule.shapes), memory_bytes=memory_bytes,
-        lr=options.lr or default_lr(config), kernels=kernels, eight_bit=eight_bit, device=device, watch=watch,
+        lr=options.lr or default_lr(config), kernels=kernels, device=device, watch=watch,
     )  # fmt: skip
 
 
@@ -119,16 +107,16 @@ def default_lr(config: Any) -> float:
 
 def start_torch(options: RunOptions, resolved: Resolved, log: Log) -> tuple[torch.device, MemoryWatch]:
     """Threads and seeds set, and the device that this run computes on."""
-    import psutil
     import torch
 
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    torch.set_num_threads(options.threads or min(cores, os.cpu_count() or cores))
+    torch.set_num_threads(options.threads or usable_cores())
     torch.manual_seed(options.seed)
     gpu = resolved.profile.kind in ("jetson", "geforce") and torch.cuda.is_available()
+    if torch.cuda.is_available() and not gpu:
+        log.fallback(f"a CUDA GPU is here and '{resolved.profile.name}' has none: the run uses the CPU")
     if resolved.profile.kind == "geforce" and not gpu:
         log.fallback("no CUDA GPU here: the run uses the CPU, and its memory budget is the process's")
-    watch = MemoryWatch(discrete_gpu=gpu and not resolved.profile.unified)
+    watch = MemoryWatch(gpu=gpu, unified=resolved.profile.unified)
     return torch.device("cuda" if gpu else "cpu"), watch
 
 

@@ -10,8 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
+
+from edgegt.errors import Interrupted
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _THRESHOLD_BYTES = 1 << 18
@@ -29,10 +36,13 @@ def share_the_machine() -> None:
 
 
 def trim() -> None:
-    """Give back what the heap holds and nobody uses; called between the phases of a run (a few milliseconds)."""
+    """Give back what the heap and CUDA's allocator hold and nobody uses; for between phases (a few milliseconds)."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _glibc() -> Any:
@@ -44,3 +54,20 @@ def _glibc() -> Any:
         return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
     except OSError:
         return None
+
+
+@contextmanager
+def terminated_is_interrupted() -> Iterator[None]:
+    """SIGTERM ends the work with a message and exit code 143 wherever it is; only in the main thread."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; files written so far are whole", 128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,12 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from edgegt.errors import Interrupted
-from edgegt.folder import RunFolder, choose_folder, make_folder
+from edgegt.budget import ANSWER_TOKENS
+from edgegt.folder import RunFolder, check_output, new_folder
 from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.prepare import Setup, prepare
-from edgegt.process import share_the_machine, trim
+from edgegt.process import share_the_machine, terminated_is_interrupted, trim
 from edgegt.version import __version__
 
 
@@ -41,39 +42,56 @@ def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
     log = log or Log()
     outcome = Outcome()
     share_the_machine()
-    setup = prepare(options, log)
-    if options.strategy == "full":
-        from edgegt.full import FloatTrainee as Trainee
-    else:
-        from edgegt.trainee import Int8Trainee as Trainee  # type: ignore[assignment]
-    path = choose_folder(options.output, setup.source.name, setup.resolved.profile.name)
-    Trainee.check(setup)
-    folder = make_folder(path)
-    _record_inputs(setup, folder)
-    log.say(f"run folder: {path}")
-    trainee = Trainee(setup, folder, log)
-    before = evaluate(setup, trainee, log, "before")
-    try:
-        trainee.train(outcome)
-    except Interrupted:
+    with terminated_is_interrupted():
+        check_output(options.output)
+        setup = prepare(options, log)
+        trainee = _trainee(setup, log)
+        folder = new_folder(options.output, setup.source.name, setup.resolved.profile.name)
+        log.say(f"run folder: {folder.path}")
+        _record_inputs(setup, folder)
+        before = evaluate(setup, trainee, log, "before")
         folder.write("eval.json", {"before": before.numbers, "examples": []})
-        raise
-    finally:
-        trainee.save()
-        _record_run(setup, folder, log, trainee, outcome, command, finished=False)
-        if not trainee.complete:
-            write_report_apart(path, log)
-    after = evaluate(setup, trainee, log, "after")
-    folder.write("eval.json", _evaluation(setup, before, after))
-    _record_run(setup, folder, log, trainee, outcome, command, finished=True)
-    del trainee
-    write_report_apart(path, log)
-    log.say(summary(folder))
-    return path
+        try:
+            trainee.train(folder, outcome)
+        finally:
+            log.end_steps()
+            trainee.save(folder)
+            _record_run(setup, folder, log, trainee, outcome, command)
+            if not trainee.complete:
+                _leave(folder, trainee, log)
+        after = evaluate(setup, trainee, log, "after")
+        folder.write("eval.json", _evaluation(setup, before, after))
+        _record_run(setup, folder, log, trainee, outcome, command)
+        del trainee
+        write_report_apart(folder.path, log)
+        log.say(summary(folder))
+    return folder.path
+
+
+def _trainee(setup: Setup, log: Log) -> Any:
+    """The loaded model in the form that the strategy trains. Raises: InputError for files that are no such model."""
+    if setup.options.strategy == "full":
+        from edgegt.full import FloatTrainee
+
+        return FloatTrainee(setup, log)
+    from edgegt.trainee import Int8Trainee
+
+    return Int8Trainee(setup, log)
+
+
+def _leave(folder: RunFolder, trainee: Any, log: Log) -> None:
+    """After a stop or a failure: a report of what there is, or no folder when not a step was made."""
+    if trainee.progress.step == 0:
+        shutil.rmtree(folder.path, ignore_errors=True)
+    else:
+        write_report_apart(folder.path, log)
 
 
 def _record_inputs(setup: Setup, folder: RunFolder) -> None:
-    folder.write("options.json", asdict(setup.options))
+    given = asdict(setup.options)
+    for name in ("data", "eval_data"):  # so that the run can be evaluated again from any folder
+        given[name] = str(Path(given[name]).resolve()) if given[name] else None
+    folder.write("options.json", given)
     folder.write("profile.json", setup.resolved.profile.to_json())
     folder.write("costs.json", setup.need.table.to_json())
 
@@ -107,7 +125,8 @@ def evaluate(setup: Setup, trainee: Any, log: Log, when: str) -> Evaluation:
         if setup.options.examples:
             longest = max(len(example.completion) for example in held_out)
             prompts = [example.prompt for example in shown(setup)]
-            answers = answer(module, setup.tokenizer, prompts, min(96, longest + 8), min(prompts_together, 8), setup.device)
+            new, together = min(ANSWER_TOKENS, longest + 8), min(prompts_together, 8)
+            answers = answer(module, setup.tokenizer, prompts, new, together, setup.device)
     trim()
     said = f"loss {numbers['loss']:.3f} on {numbers['rows']} held-out rows"
     if "exact_match" in numbers:
@@ -130,10 +149,8 @@ def _evaluation(setup: Setup, before: Evaluation, after: Evaluation) -> dict[str
     return {"before": before.numbers, "after": after.numbers, "examples": examples}
 
 
-def _record_run(
-    setup: Setup, folder: RunFolder, log: Log, trainee: Any, outcome: Outcome, command: str, finished: bool
-) -> None:
-    profile, report, corpus = setup.resolved.profile, setup.corpus.report, setup.corpus
+def _record_run(setup: Setup, folder: RunFolder, log: Log, trainee: Any, outcome: Outcome, command: str) -> None:
+    profile = setup.resolved.profile
     steps = [json.loads(line) for line in folder.metrics.read_text().splitlines()] if folder.metrics.exists() else []
     done = sum(entry["tokens_per_s"] * entry["step_s"] for entry in steps)
     train_s = sum(entry["step_s"] for entry in steps)
@@ -153,20 +170,16 @@ def _record_run(
                    "notice": setup.resolved.notice, "on_board": setup.resolved.on_board},
         "model": {"name": setup.source.name, "parameters": setup.need.table.parameters,
                   "architecture": (setup.config.architectures or ["?"])[0], "fingerprint": trainee.fingerprint,
-                  "directory": str(setup.source.directory)},
-        "data": {"name": corpus.name, "format": corpus.format, "rows": report.rows + len(corpus.held_out),
-                 "kept": report.kept, "cut": report.cut, "dropped": {**corpus.unread, **report.dropped},
-                 "train_rows": len(corpus.train), "eval_rows": len(corpus.held_out),
-                 "supervised_tokens": report.supervised_tokens},
+                  "directory": str(setup.source.directory.resolve())},
+        "data": setup.corpus.to_json(),
         "budget": {"rho": setup.rho, "flops": setup.flops, "memory_bytes": setup.memory_bytes},
         "predicted": {"flops_ratio": outcome.predicted_flops / setup.full_flops, "flops": outcome.predicted_flops,
                       "peak_bytes": outcome.predicted_peak, "step_s": outcome.predicted_step_s,
                       "device_step_s": outcome.device_step_s, "floor_bytes": setup.need.floor_bytes},
         "measured": measured, "full_flops": setup.full_flops, "memory_terms": outcome.memory_terms, "lr": setup.lr,
         "backend": trainee.backend, "threads": _threads(), "fallbacks": list(log.fallbacks),
-        "power": {"watts": profile.power.watts, "mode": profile.power.name,
-                  "source": f"the profile's power mode {profile.power.name}"},
-        "finished": finished,
+        "power": {"watts": profile.power.watts, "mode": profile.power.name, "source": "profile"},
+        "finished": trainee.complete,
     })  # fmt: skip
 
 

@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from edgegt.errors import EdgegtError
+from edgegt.folder import write_tensors
 from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW, Moments
 
 
 class Trainables:
-    """The trained tensors of one model, by name."""
+    """The trained tensors of one model, by name. parked: the folder that demoted ones go to."""
 
-    def __init__(self, model: Int8Model, optimizer: AdamW, parked: Path) -> None:
+    def __init__(self, model: Int8Model, optimizer: AdamW, parked: Path | None = None) -> None:
         self.model = model
         self.optimizer = optimizer
         self.parked = parked
@@ -76,17 +78,13 @@ class Trainables:
             self.optimizer.states[name] = Moments.from_tensors(states)
 
     def _demote(self, name: str) -> None:
-        from safetensors.torch import save_file
-
         parameter = self.live.pop(name)
         state = self.optimizer.states.pop(name, None)
         tensors = {"master": parameter.detach().cpu().contiguous()}
         tensors |= {key: value.cpu().contiguous() for key, value in (state.tensors() if state else {}).items()}
-        self.parked.mkdir(parents=True, exist_ok=True)
+        assert self.parked is not None
         path = self.parked / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
-        partial = path.with_suffix(".tmp")
-        save_file(tensors, str(partial), metadata={"name": name})
-        partial.replace(path)
+        write_tensors(path, tensors, {"name": name})
         self.resting[name] = path
         parameter.grad = None
         if name in self.model.linears:
@@ -96,6 +94,10 @@ class Trainables:
 
     @staticmethod
     def _read(path: Path) -> dict[str, torch.Tensor]:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(str(path))
+        try:
+            return load_file(str(path))
+        except SafetensorError as error:
+            raise EdgegtError(f"'{path}' is damaged ({error}): run again") from error

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgegt.errors import InputError
 
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+_HUB_FILES = (*_SMALL_FILES, "*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -27,32 +29,51 @@ class Source:
     files: dict[str, Path]
 
     def tensor(self, name: str) -> Any:
-        """One tensor as stored (memory-mapped, any float dtype). Raises KeyError when it is not there."""
-        from safetensors import safe_open
+        """One tensor as stored (memory-mapped, any float dtype).
 
-        with safe_open(str(self.files[name]), framework="pt") as handle:
-            return handle.get_tensor(name)
+        Raises: KeyError when no file has it, InputError when its file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.files[name]
+        try:
+            with safe_open(str(path), framework="pt") as handle:
+                return handle.get_tensor(name)
+        except SafetensorError as error:
+            raise InputError(f"{path}: '{name}' cannot be read ({error}): fetch the model again") from error
 
 
-def locate(model: str) -> Path:
+def locate(model: str, weights: bool = True) -> Path:
     """The directory of a model given as a path or a hub id.
 
+    weights: whether its weights are needed; without them only config and tokenizer are fetched from the hub.
     Raises: InputError when there is no such directory and the hub does not have or may not be asked for it.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    files = list(_HUB_FILES if weights else _SMALL_FILES)
+
+    def fetch() -> str:
+        from huggingface_hub import snapshot_download
+
+        # A pattern's * crosses slashes: without the second list, copies of the weights in subfolders would come too.
+        return str(snapshot_download(model, allow_patterns=files, ignore_patterns=["*/*"]))
+
+    return _from_hub(model, fetch)
+
+
+def _from_hub(model: str, fetch: Callable[[], str]) -> Path:
+    path = Path(model).expanduser()
     looks_like_id = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.parent.is_dir()
     if not looks_like_id:
         remedy = "give a folder with config.json and safetensors, or a hub id"
         raise InputError(f"model '{model}' is not a directory: {remedy}")
     try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+        return Path(fetch())
     except Exception as error:
         offline = os.environ.get("HF_HUB_OFFLINE")
-        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else str(error).splitlines()[0][:160]
+        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else _first_line(error)[:160]
         raise InputError(f"model '{model}' could not be fetched ({why}): give a local folder instead") from error
 
 
@@ -61,13 +82,10 @@ def read_config(model: str) -> Any:
 
     Raises: InputError for a missing or malformed config, or an architecture that transformers does not know.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    path = Path(model).expanduser()
-    folder = path.parent if path.is_file() and path.suffix == ".json" else locate(model)
-    config_file = path if path.is_file() and path.suffix == ".json" else folder / "config.json"
-    if not config_file.is_file():
-        raise InputError(f"'{folder}' has no config.json: give the folder of a Hugging Face model")
+    config_file = _config_file(model)
     try:
         tree = json.loads(config_file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -77,8 +95,12 @@ def read_config(model: str) -> Any:
     try:
         kind = tree.pop("model_type")
         config = AutoConfig.for_model(kind, **tree)
+    except StrictDataclassError as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{config_file}: {said}: correct the file or fetch the model again") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        named = tree.get("architectures") or [str(error).splitlines()[0][:80]]
+        found = tree.get("architectures")
+        named = found if isinstance(found, list) and found else [_first_line(error)[:80]]
         raise InputError(
             f"{config_file}: architecture '{named[0]}' is unknown to this version of transformers: "
             "give a decoder-only model with a known model_type, or update transformers"
@@ -88,13 +110,28 @@ def read_config(model: str) -> Any:
     return config
 
 
+def _config_file(model: str) -> Path:
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path
+
+    def fetch() -> str:
+        from huggingface_hub import hf_hub_download
+
+        return str(hf_hub_download(model, "config.json"))
+
+    config_file = path / "config.json" if path.is_dir() else _from_hub(model, fetch)
+    if not config_file.is_file():
+        raise InputError(f"'{config_file.parent}' has no config.json: give the folder of a Hugging Face model")
+    return config_file
+
+
 def open_source(model: str) -> Source:
     """The float tensors of a model. Raises: InputError when the folder has no safetensors."""
     folder = locate(model)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: folder / file for name, file in mapping.items()}
+        files = {name: folder / file for name, file in _weight_map(index).items()}
     else:
         files = {name: path for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
     if not files:
@@ -104,7 +141,18 @@ def open_source(model: str) -> Source:
     missing = sorted({str(path) for path in files.values() if not path.is_file()})
     if missing:
         raise InputError(f"{missing[0]} is named in {index.name} and is not there: fetch the model again")
-    return Source(folder, folder.resolve().name, files)
+    local = Path(model).expanduser().is_dir()
+    return Source(folder, folder.resolve().name if local else model.rpartition("/")[2], files)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index}: no readable 'weight_map' ({error}): fetch the model again") from error
+    if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
+        raise InputError(f"{index}: 'weight_map' does not give a file for each tensor: fetch the model again")
+    return mapping
 
 
 def fingerprint(source: Source, memo: Path) -> str:
@@ -139,15 +187,19 @@ def _names(path: Path) -> list[str]:
         raise InputError(f"{path}: not a readable safetensors file ({error}): fetch the model again") from error
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The model's own tokenizer. Raises: InputError when the folder has none."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise InputError(
-            f"'{directory}' has no usable tokenizer ({str(error).splitlines()[0][:120]}): add tokenizer.json to it"
+            f"'{directory}' has no usable tokenizer ({_first_line(error)[:120]}): add tokenizer.json to it"
         ) from error
     if tokenizer.eos_token_id is None:
         remedy = "set eos_token in tokenizer_config.json"

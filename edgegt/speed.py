@@ -53,6 +53,16 @@ class Speed:
             + self.overhead_s * micro_batches * table.blocks
         )
 
+    def full_step_s(self, table: CostTable, shape: BatchShape) -> float:
+        """Predicted seconds of one step of full fine-tuning, all of it in float."""
+        moved = 4 * table.saved_work((1 << len(table.weights)) - 1).at(shape)
+        return (
+            table.full_work().at(shape) / self.float32
+            + _PASSES_OVER_ACTIVATIONS * moved / self.bandwidth
+            + table.parameters / self.optimizer
+            + self.overhead_s * table.blocks
+        )
+
 
 def of_profile(profile: Profile) -> Speed:
     """The rates of a device's profile at the utilisation that small batches reach (30 % of peak, not measured)."""

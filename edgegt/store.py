@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from edgegt.errors import InputError
 from edgegt.source import Source
 
 FORMAT = 1
+_OUR_FOLDER = re.compile(r"[0-9a-f]{32}(\.\d+\.partial)?")
+_OUR_FILES = ("backend.json", "fingerprints.json")
 
 
 def cache_dir() -> Path:
@@ -38,6 +41,11 @@ class Entry:
     int8: bool
     transposed: bool
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of its tensors in the store."""
+        return (f"{self.name}.q", f"{self.name}.scale") if self.int8 else (self.name,)
+
 
 @dataclass(frozen=True)
 class BaseStore:
@@ -51,41 +59,82 @@ class BaseStore:
         """The tensor `key` ('<name>.q', '<name>.scale' or a float '<name>'), mapped from disk.
 
         One mapping per file: a mapping of its own for each tensor would count its neighbours' pages again.
+        Raises: InputError when the file is damaged.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         file = self.files[key]
-        if file not in self._handles:
-            self._handles[file] = safe_open(str(self.directory / file), framework="pt")
-        return self._handles[file].get_tensor(key)
+        try:
+            if file not in self._handles:
+                self._handles[file] = safe_open(str(self.directory / file), framework="pt")
+            return self._handles[file].get_tensor(key)
+        except SafetensorError as error:
+            remedy = "`edgegt cache clear`, and it is made again"
+            raise InputError(f"the int8 base '{self.directory / file}' is damaged ({error}): {remedy}") from error
 
 
 def base_store(source: Source, identity: str, entries: Iterable[Entry], cache: Path) -> BaseStore:
-    """The store of this model, made now if the cache does not have it."""
+    """The store of this model, made now if the cache does not have it. Raises: InputError when it cannot be written."""
+    from safetensors import SafetensorError
+
+    members = list(entries)
     folder = cache / "base" / identity[:32]
-    manifest = folder / "manifest.json"
-    if manifest.is_file():
-        tree = json.loads(manifest.read_text(encoding="utf-8"))
-        if tree.get("format") == FORMAT and all((folder / name).is_file() for name in set(tree["files"].values())):
-            return BaseStore(folder, tree["files"])
+    found = _finished(folder, members)
+    if found is not None:
+        return found
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        files = _write(source, entries, partial)
+        partial.mkdir(parents=True)
+        files = _write(source, members, partial)
+        tree = {"format": FORMAT, "model": source.name, "fingerprint": identity, "files": files}
+        (partial / "manifest.json").write_text(json.dumps(tree), encoding="utf-8")
+        return _put_in_place(partial, folder, members)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, OSError):
+        if not isinstance(error, (OSError, SafetensorError)):
             raise
         raise InputError(
-            f"the int8 base could not be written to '{folder}' ({error.strerror or error}): "
+            f"the int8 base could not be written to '{folder}' ({getattr(error, 'strerror', None) or error}): "
             "free space there (`edgegt cache clear`) or set EDGEGT_CACHE to another disk"
         ) from error
-    tree = {"format": FORMAT, "model": source.name, "fingerprint": identity, "files": files}
-    (partial / "manifest.json").write_text(json.dumps(tree), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+
+
+def _finished(folder: Path, entries: list[Entry]) -> BaseStore | None:
+    """The store in this folder, or None when it is not there or lacks anything."""
+    tree = _manifest(folder / "manifest.json")
+    files = tree.get("files")
+    if tree.get("format") != FORMAT or not isinstance(files, dict):
+        return None
+    keys = [key for entry in entries for key in entry.keys]
+    if not all(isinstance(files.get(key), str) and (folder / files[key]).is_file() for key in keys):
+        return None
     return BaseStore(folder, files)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """A store's manifest; empty when it cannot be read."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _put_in_place(partial: Path, folder: Path, entries: list[Entry]) -> BaseStore:
+    """Move a new store to its place; where another process was faster, its store is used."""
+    try:
+        partial.replace(folder)
+    except OSError:
+        found = _finished(folder, entries)
+        if found is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            return found
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+    done = _finished(folder, entries)
+    assert done is not None
+    return done
 
 
 def _write(source: Source, entries: Iterable[Entry], folder: Path) -> dict[str, str]:
@@ -135,18 +184,34 @@ class CachedBase:
 def list_cache(cache: Path) -> list[CachedBase]:
     """The finished stores in the cache, by model name."""
     found = []
-    for manifest in sorted((cache / "base").glob("*/manifest.json")):
-        tree = json.loads(manifest.read_text(encoding="utf-8"))
-        size = sum(path.stat().st_size for path in manifest.parent.iterdir())
-        found.append(CachedBase(manifest.parent, tree["model"], tree["fingerprint"], size))
+    for folder in _our_folders(cache):
+        tree = _manifest(folder / "manifest.json")
+        if isinstance(tree.get("model"), str) and isinstance(tree.get("fingerprint"), str):
+            found.append(CachedBase(folder, tree["model"], tree["fingerprint"], _size(folder)))
     return sorted(found, key=lambda base: base.model)
 
 
 def clear_cache(cache: Path) -> int:
-    """Delete every store; returns the bytes freed. Runs that are reading one keep their mapping."""
-    freed = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) if cache.is_dir() else 0
-    for name in ("base",):
-        shutil.rmtree(cache / name, ignore_errors=True)
-    for file in cache.glob("*.json"):
-        file.unlink()
+    """Delete what edgegt keeps in the cache, and nothing else that may lie there; returns the bytes freed.
+
+    Runs that are reading a store keep their mapping.
+    """
+    freed = 0
+    for folder in _our_folders(cache):
+        freed += _size(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in (cache / name for name in _OUR_FILES):
+        if file.is_file():
+            freed += file.stat().st_size
+            file.unlink()
     return freed
+
+
+def _our_folders(cache: Path) -> list[Path]:
+    """Finished and half-made stores: folders named by a fingerprint."""
+    paths = sorted((cache / "base").glob("*"))
+    return [path for path in paths if _OUR_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

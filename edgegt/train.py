@@ -12,12 +12,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from edgegt.cost import BatchShape
 from edgegt.data import Batch, split_micro
 from edgegt.errors import EdgegtError
 from edgegt.flops import FlopMeter
@@ -26,29 +27,29 @@ from edgegt.optimizer import clip, clip_together
 from edgegt.process import trim
 from edgegt.watch import MemoryWatch
 
-
 TRIM_EVERY = 16
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run steps. lr: learning rate of step 0, 1, ...; max_grad_norm: per tensor when applied within backward."""
+    """How a run steps. lr: learning rate of step 0, 1, ...; max_grad_norm: per tensor when applied within backward.
+
+    flops: what the whole run may spend; cost: FLOPs of a step on a batch of some shape.
+    """
 
     lr: Callable[[int], float]
     max_grad_norm: float
     steps: int
     flops: int
+    cost: Callable[[BatchShape], int]
 
 
 @dataclass
 class Progress:
-    """Where a run is. The clock counts training only."""
+    """Where a run is. train_s: seconds of training alone; stop: the signal that asked to stop, if any."""
 
     step: int = 0
-    epoch: float = 0.0
-    tokens: int = 0
     train_s: float = 0.0
-    losses: list[float] = field(default_factory=list)
     stop: int | None = None
 
 
@@ -78,15 +79,17 @@ def train_round(
         for epoch, batch in batches:
             if progress.stop is not None:
                 return
+            if parts.meter.total + recipe.cost(batch.shape) > recipe.flops:
+                raise EdgegtError(
+                    f"step {progress.step + 1} of {recipe.steps} would go over the FLOPs budget: more were counted "
+                    "than planned, which is a fault of edgegt; what was trained is saved"
+                )
             started = time.perf_counter()
             loss = _step(parts, recipe, batch, micro_batch, progress, fused)
             seconds = time.perf_counter() - started
             progress.step += 1
-            progress.epoch = epoch
             progress.train_s += seconds
             tokens = batch.shape.rows * batch.shape.tokens
-            progress.tokens += tokens
-            progress.losses.append(loss)
             entry = {
                 "step": progress.step, "round": round_index, "epoch": round(epoch, 4), "loss": loss,
                 "lr": recipe.lr(progress.step - 1), "tokens_per_s": tokens / seconds, "step_s": seconds,
@@ -130,7 +133,7 @@ def _applied_in_backward(parts: Parts, recipe: Recipe, progress: Progress, fused
         def apply(parameter: torch.Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
-            clip(gradient, recipe.max_grad_norm)
+            clip(gradient, recipe.max_grad_norm, name)
             parts.update(name, gradient, recipe.lr(progress.step))
 
         return apply

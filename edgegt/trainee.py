@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from edgegt.budget import largest
+from edgegt.budget import fitting_probe_rows, largest
 from edgegt.checkpoint import Position, save_checkpoint
 from edgegt.data import collate
-from edgegt.errors import Interrupted
+from edgegt.errors import InputError, Interrupted
 from edgegt.folder import RunFolder
 from edgegt.importance import importance
 from edgegt.log import Log
-from edgegt.memory import Surroundings
+from edgegt.memory import plane_bytes, state_bytes
 from edgegt.model import load_int8
 from edgegt.optimizer import AdamW, schedule
 from edgegt.patch import save_patch
@@ -28,31 +30,29 @@ from edgegt.speed import Speed, of_machine, of_profile
 from edgegt.store import cache_dir
 from edgegt.train import Parts, Progress, Recipe, train_round
 from edgegt.units import format_bytes
+from edgegt.value import values_of
 from edgegt.version import __version__
 
 
 class Int8Trainee:
     """The int8 model of one run and its trained tensors."""
 
-    def __init__(self, setup: Setup, folder: RunFolder, log: Log) -> None:
-        self.setup, self.folder, self.log = setup, folder, log
+    def __init__(self, setup: Setup, log: Log) -> None:
+        self.setup, self.log = setup, log
         self.model = load_int8(setup.config, setup.source, cache_dir(), setup.kernels.backend, setup.device)
         self.module, self.meter, self.fingerprint = self.model.module, self.model.meter, self.model.fingerprint
         self.backend = setup.kernels.backend.name
-        optimizer = AdamW(setup.eight_bit, setup.options.weight_decay)
-        self.trainables = Trainables(self.model, optimizer, folder.parked)
+        optimizer = AdamW(setup.need.eight_bit, setup.options.weight_decay)
+        self.trainables = Trainables(self.model, optimizer)
         self.progress = Progress()
         self.complete = False
         self.probe_flops = 0
-        self._probe_work = 0
+        self._probe_work = self._probe_peak = 0
 
-    @staticmethod
-    def check(setup: Setup) -> None:
-        """Nothing beyond what `prepare` has checked."""
-
-    def train(self, outcome: Any) -> None:
+    def train(self, folder: RunFolder, outcome: Any) -> None:
         """All rounds. Raises: Interrupted after the step in which a signal came."""
         setup = self.setup
+        self.folder, self.trainables.parked = folder, folder.parked
         speeds = self._speed(), of_profile(setup.resolved.profile)
         first = 0
         self.log.start_steps(setup.schedule.steps)
@@ -61,21 +61,24 @@ class Int8Trainee:
                 values = self._importance(index)
                 chosen = self._plan(index, first, values)
                 self._record_plan(index, first, steps, chosen, values, speeds[0])
-                self._predict(outcome, index, first, steps, chosen, speeds)
+                self._predict(outcome, first, steps, chosen, speeds)
                 self.trainables.select(chosen.selected)
+                for note in self.model.notes:
+                    self.log.fallback(note)
                 self._train(index, first, steps, chosen)
                 first += steps
                 position = Position(self.progress.step, index, self.meter.total)
-                save_checkpoint(self.folder.path / "checkpoint", self.trainables, position)
-                self._stop_if_asked()
-        self.log.end_steps()
+                save_checkpoint(folder.path / "checkpoint", self.trainables, position)
+                if self.progress.stop is not None:
+                    raise interrupted(self.progress, setup.schedule.steps, folder)
         self.complete = True
 
-    def save(self) -> None:
-        """The patch: everything trained so far. Masters and optimizer states are freed; the model computes as before."""
+    def save(self, folder: RunFolder) -> None:
+        """The patch: everything trained so far. Masters and states are freed; the model computes as before."""
         masters = self.trainables.masters()
         if masters:
-            save_patch(self.folder.patch, masters, self.fingerprint, self.setup.source.name, __version__)
+            about = self.setup.source.name, __version__, self.setup.corpus.separator
+            save_patch(folder.patch, masters, self.fingerprint, *about)
         del masters
         self.trainables.release()
         trim()
@@ -90,13 +93,13 @@ class Int8Trainee:
         if setup.options.strategy != "greentrainer":
             return {weight.name: float(weight.numel) for weight in setup.need.table.weights}
         draw = random.Random(f"{setup.options.seed}/probe/{index}")
-        train, probes = setup.corpus.train, setup.probes
-        wanted = probes.rows * probes.count
+        train, wanted = setup.corpus.train, setup.probes.rows * setup.probes.count
+        rows = self._probe_rows()
         picked = [train[i] for i in draw.sample(range(len(train)), min(wanted, len(train)))]
         picked += [draw.choice(train) for _ in range(wanted - len(picked))]
         batches = [
-            collate(picked[start : start + probes.rows], setup.pad_id, setup.options.max_length)
-            for start in range(0, wanted, probes.rows)
+            collate(picked[start : start + rows], setup.pad_id, setup.options.max_length)
+            for start in range(0, wanted, rows)
         ]
         spent = self.meter.total
         self._probe_work = setup.need.table.probe_work().total(batch.shape for batch in batches)
@@ -105,6 +108,24 @@ class Int8Trainee:
         self.model.inputs.clear()
         trim()
         return values
+
+    def _probe_rows(self) -> int:
+        """Rows of a probe batch beside what is trained now; where not even two fit, that is put aside on disk first."""
+        setup, held = self.setup, self._live_bytes()
+        need, schedule = setup.need, setup.schedule
+        rows = fitting_probe_rows(setup.probes.rows, need, schedule, setup.memory_bytes, held)
+        while setup.probes.rows % rows:
+            rows -= 2
+        if held and need.probe_bytes(largest(schedule, rows), held) > setup.memory_bytes:
+            self.trainables.select(())
+        self._probe_peak = need.probe_bytes(largest(schedule, rows), self._live_bytes())
+        return rows
+
+    def _live_bytes(self) -> int:
+        """What training holds now: masters, planes and states of live tensors, planes of resting ones."""
+        weights = {weight.name: weight for weight in self.setup.need.table.weights}
+        live = sum(state_bytes(weights[name], False, self.setup.need.eight_bit) for name in self.trainables.live)
+        return live + sum(plane_bytes(weights[name]) for name in self.trainables.resting)
 
     def _layers(self) -> Any:
         from edgegt.architecture import layers_of
@@ -117,15 +138,21 @@ class Int8Trainee:
         probing = setup.need.table.probe_work().total(setup.probes.shapes(setup.schedule))
         problem = Problem(
             table=setup.need.table,
-            values=values,
+            values=values_of(values, setup.need.table),
             shapes=setup.schedule.shapes[first:],
             flops=setup.flops - self.meter.total - later * probing,
             memory_bytes=setup.memory_bytes,
-            around=Surroundings(setup.need.floor_bytes, tuple({*self.trainables.resting, *self.trainables.live})),
+            around=replace(setup.need.around, demoted=tuple({*self.trainables.resting, *self.trainables.live})),
             vocabulary=setup.need.vocabulary,
             batch_size=setup.options.batch_size,
         )
-        return plan(problem, setup.options.strategy, setup.options.seed + index)
+        try:
+            self._chosen = plan(problem, setup.options.strategy, setup.options.seed + index)
+        except InputError as error:
+            if index == 0:
+                raise
+            self.log.fallback(f"round {index + 1} keeps the tensors of the round before: {error}")
+        return self._chosen
 
     def _record_plan(
         self, index: int, first: int, steps: int, chosen: Plan, values: dict[str, float], speed: Speed
@@ -155,26 +182,21 @@ class Int8Trainee:
             f"({where}{head}), {chosen.flops_ratio:.1%} of full FLOPs, {format_bytes(chosen.peak_bytes)} predicted peak"
         )
 
-    def _predict(
-        self, outcome: Any, index: int, first: int, steps: int, chosen: Plan, speeds: tuple[Speed, Speed]
-    ) -> None:
+    def _predict(self, outcome: Any, first: int, steps: int, chosen: Plan, speeds: tuple[Speed, Speed]) -> None:
         setup, table = self.setup, self.setup.need.table
         mask = table.mask(chosen.selected)
         shapes = setup.schedule.shapes[first : first + steps]
         outcome.predicted_flops += table.train_work(mask).total(shapes) + self._probe_work
-        need, probes = setup.need, setup.probes
-        outcome.predicted_peak = max(
-            outcome.predicted_peak,
-            need.forward_bytes(setup.evaluation_shape(0)),
-            need.probe_bytes(largest(setup.schedule, probes.rows)) if self._probe_work else 0,
-        )
-        if chosen.peak_bytes > outcome.predicted_peak:
-            outcome.predicted_peak, outcome.memory_terms = chosen.peak_bytes, chosen.memory
+        evaluation = setup.need.evaluation_bytes(setup.evaluation_rows(0))
+        outcome.predicted_peak = max(outcome.predicted_peak, evaluation, self._probe_peak)
+        if chosen.peak_bytes > sum(outcome.memory_terms.values()):
+            outcome.memory_terms = chosen.memory
+        outcome.predicted_peak = max(outcome.predicted_peak, chosen.peak_bytes)
         typical = shapes[len(shapes) // 2]
         mine, theirs = (speed.step_s(table, mask, typical, chosen.accumulation) for speed in speeds)
-        share = steps / setup.schedule.steps
-        outcome.predicted_step_s += share * mine
-        outcome.device_step_s += share * theirs
+        share = steps / (first + steps)
+        outcome.predicted_step_s += share * (mine - outcome.predicted_step_s)
+        outcome.device_step_s += share * (theirs - outcome.device_step_s)
 
     def _train(self, index: int, first: int, steps: int, chosen: Plan) -> None:
         setup, options = self.setup, self.setup.options
@@ -183,9 +205,10 @@ class Int8Trainee:
             for epoch, indices in setup.schedule.batches[first : first + steps]
         ]
         total = setup.schedule.steps
+        work = setup.need.table.train_work(setup.need.table.mask(chosen.selected))
         recipe = Recipe(
             lambda step: schedule(options.schedule, setup.lr, step, total, options.warmup),
-            options.max_grad_norm, total, setup.flops,
+            options.max_grad_norm, total, setup.flops, work.at,
         )  # fmt: skip
         parts = Parts(
             self.module, setup.device, self.trainables.live, self.trainables.step, self.model.inputs.clear,
@@ -194,17 +217,12 @@ class Int8Trainee:
         train_round(parts, recipe, batches, chosen.micro_batch, index, self.progress, self.folder.metrics,
                     self.log.step)  # fmt: skip
 
-    def _stop_if_asked(self) -> None:
-        if self.progress.stop is not None:
-            self.log.end_steps()
-            raise interrupted(self.progress, self.setup.schedule.steps, self.folder)
-
     def _speed(self) -> Speed:
         table = self.setup.need.table
         width = max(weight.shape[1] for weight in table.weights if weight.kind == "head")
         shape = largest(self.setup.schedule, self.setup.options.batch_size)
         tokens = shape.rows * shape.tokens
-        return of_machine(self.setup.kernels.backend, self.setup.device, width, tokens, self.setup.eight_bit)
+        return of_machine(self.setup.kernels.backend, self.setup.device, width, tokens, self.setup.need.eight_bit)
 
 
 def interrupted(progress: Progress, steps: int, folder: RunFolder) -> Interrupted:
@@ -219,7 +237,6 @@ def interrupted(progress: Progress, steps: int, folder: RunFolder) -> Interrupte
 @contextmanager
 def stopped_by_signals(progress: Progress) -> Iterator[None]:
     """SIGINT and SIGTERM let the step finish and set `progress.stop`; only in the main thread."""
-    import threading
 
     def stop(number: int, _frame: FrameType | None) -> None:
         progress.stop = number

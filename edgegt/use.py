@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class Subject:
     tokenizer: Any
     device: Any
     options: RunOptions | None
+    separator: str
 
 
 def load_subject(run: str | None, model: str | None, patch: str | None) -> Subject:
@@ -32,16 +34,28 @@ def load_subject(run: str | None, model: str | None, patch: str | None) -> Subje
         raise InputError("name a run folder, or a model with --model (and --patch): exactly one of the two")
     if run is None:
         assert model is not None
-        return _loaded(model, Path(patch) if patch else None, None)
+        return _loaded(model, Path(patch) if patch else None, None, None)
     if patch is not None:
         raise InputError("--patch goes with --model; a run folder brings its own")
     folder = RunFolder(Path(run))
-    about = folder.read("run.json")
-    options = RunOptions(**folder.read("options.json"))
-    return _loaded(str(about["model"]["directory"]), folder.patch, options)
+    about, options = folder.read("run.json"), _options(folder)
+    try:
+        directory, separator = str(about["model"]["directory"]), about["data"].get("separator")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder.path / 'run.json'} is damaged (no {error}): run `edgegt run` again") from error
+    return _loaded(directory, folder.patch, options, _separator(options) if separator is None else str(separator))
 
 
-def _loaded(name: str, patch: Path | None, options: RunOptions | None) -> Subject:
+def _options(folder: RunFolder) -> RunOptions:
+    """The run's options; those that only another version knows are left out."""
+    known = {item.name for item in dataclasses.fields(RunOptions)}
+    try:
+        return RunOptions(**{name: value for name, value in folder.read("options.json").items() if name in known})
+    except TypeError as error:
+        raise InputError(f"{folder.path / 'options.json'} is damaged ({error}): run `edgegt run` again") from error
+
+
+def _loaded(name: str, patch: Path | None, options: RunOptions | None, separator: str | None) -> Subject:
     import torch
 
     from edgegt.model import load_int8
@@ -57,8 +71,9 @@ def _loaded(name: str, patch: Path | None, options: RunOptions | None) -> Subjec
     kernels = choose_kernels(device, Log())
     model = load_int8(config, source, cache_dir(), kernels.backend, device)
     if patch is not None:
-        apply_patch(model, patch)
-    return Subject(model.module, load_tokenizer(source.directory), device, options)
+        about = apply_patch(model, patch)
+        separator = about.get("separator", "") if separator is None else separator
+    return Subject(model.module, load_tokenizer(source.directory), device, options, separator or "")
 
 
 def generate_text(run: str | None, model: str | None, patch: str | None, prompt: str, tokens: int) -> str:
@@ -72,17 +87,15 @@ def generate_text(run: str | None, model: str | None, patch: str | None, prompt:
     if subject.options is not None and subject.options.data is None:
         prompt = home.as_prompt(prompt)
     # The prompt as training saw it, with the separator before a completion; the completion itself is cut off again.
-    separator = "" if prompt[-1:].isspace() or not prompt else _separator(subject.options)
+    separator = "" if prompt[-1:].isspace() or not prompt else subject.separator
     example = tokenize([Row(prompt + separator, " x", 1)], subject.tokenizer, 1 << 20)[0][0]
     return answer(subject.module, subject.tokenizer, [example.prompt], tokens, 1, subject.device)[0].strip()
 
 
-def _separator(options: RunOptions | None) -> str:
-    """What stood between prompt and completion in the run's own data."""
+def _separator(options: RunOptions) -> str:
+    """What stood between prompt and completion in the run's own data, for a run folder that does not say it."""
     from edgegt.data import parse_columns, read_rows
 
-    if options is None:
-        return ""
     path = home.TRAIN if options.data is None else Path(options.data)
     if not path.is_file():
         return "\n"
@@ -90,19 +103,33 @@ def _separator(options: RunOptions | None) -> str:
 
 
 def evaluate_subject(
-    run: str | None, model: str | None, patch: str | None, data: str | None, columns: str | None, max_length: int
+    run: str | None,
+    model: str | None = None,
+    patch: str | None = None,
+    data: str | None = None,
+    columns: str | None = None,
+    max_length: int | None = None,
 ) -> dict[str, Any]:
-    """Loss, perplexity, tokens and rows on --data, or on the rows that the run held out."""
+    """Loss, perplexity, tokens and rows on --data, or on the rows that the run held out.
+
+    columns, max_length: how `data` is read; by default as the run read its own (a model alone: 512 tokens).
+    """
     from edgegt.data import parse_columns, read_rows, tokenize
     from edgegt.evaluate import held_out_loss
     from edgegt.job import read_corpus
 
     if data is None and run is None and model is not None:
         raise InputError("--model needs --data: give the file to evaluate on")
-    source = read_rows(Path(data), parse_columns(columns) if columns else None) if data else None
+    if data is None and (columns is not None or max_length is not None):
+        raise InputError("--columns and --max-length go with --data: held-out rows are read as the run read them")
+    own = _options(RunFolder(Path(run))) if run is not None else RunOptions()
+    if max_length is not None and max_length < 8:
+        raise InputError(f"--max-length {max_length} is out of range: give a number at least 8")
+    wanted = columns or own.columns
+    source = read_rows(Path(data), parse_columns(wanted) if wanted else None) if data else None
     subject = load_subject(run, model, patch)
     if source is not None:
-        examples = tuple(tokenize(source.rows, subject.tokenizer, max_length)[0])
+        examples = tuple(tokenize(source.rows, subject.tokenizer, max_length or own.max_length)[0])
     else:
         assert subject.options is not None
         examples = read_corpus(subject.options, subject.tokenizer).held_out

@@ -1,18 +1,25 @@
-"""Memory of this process, now and at its peak, as the operating system counts it.
+"""Memory of this process, now and at its peak, as its budget counts it.
 
-On a discrete GPU the budget is device memory, so the allocator's figures are reported there instead.
+    CPU                             resident memory, from the operating system
+    GPU with memory of its own      device memory: what torch's allocator reserved, and an allowance for the context
+    GPU that shares the memory      both: resident memory and what the allocator reserved, since allocations of a
+                                    Jetson's GPU are in general not resident memory of the process
+
+A unified profile on a machine whose GPU has memory of its own is counted as the third, as on the board it stands for.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 _STATUS = Path("/proc/self/status")
+_CONTEXT_BYTES = 400 * 2**20
 
 
 def resident_bytes() -> int:
@@ -40,23 +47,27 @@ def peak_resident_bytes() -> int:
 
 
 class MemoryWatch:
-    """What a budget is compared with: resident memory, or device memory on a discrete GPU."""
+    """What a budget is compared with. `gpu`: the run computes on CUDA; `unified`: the profile's GPU shares its memory.
 
-    def __init__(self, discrete_gpu: bool) -> None:
+    The peak of a shared memory is the sum of both peaks, which may lie apart in time: never less than the true one.
+    """
+
+    def __init__(self, gpu: bool, unified: bool = False) -> None:
         self._cuda: Any = None
-        if discrete_gpu:
+        self._host = unified or not gpu
+        if gpu:
             import torch
 
             self._cuda = torch.cuda
 
     def now(self) -> int:
         """Bytes held now."""
-        return int(self._cuda.memory_reserved()) + self._context() if self._cuda else resident_bytes()
+        return self._sum(resident_bytes, self._cuda and self._cuda.memory_reserved)
 
     def peak(self) -> int:
         """Largest number of bytes held so far."""
-        return int(self._cuda.max_memory_reserved()) + self._context() if self._cuda else peak_resident_bytes()
+        return self._sum(peak_resident_bytes, self._cuda and self._cuda.max_memory_reserved)
 
-    def _context(self) -> int:
-        """Device memory that the process holds outside the allocator: an allowance for the CUDA context."""
-        return 400 * 2**20
+    def _sum(self, resident: Callable[[], int], reserved: Callable[[], int] | None) -> int:
+        """Resident memory (or the context's allowance where host memory is not counted) and the allocator's."""
+        return (resident() if self._host else _CONTEXT_BYTES) + (int(reserved()) if reserved else 0)

@@ -25,7 +25,7 @@ LAYERS = {
     "parts of a run": "train evaluate checkpoint selection importance patch speed budget job",
     "model and data": "model trace architecture loss optimizer flops store source data quant",
     "surroundings": "folder log watch home process",
-    "without torch": "options device profile host cost memory planner strategies",
+    "without torch": "options device profile host cost memory planner strategies value",
     "ground": "errors units version",
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from edgegt.cli import _parse as parse
+from edgegt.cli import _system_problem as told
 from edgegt.cli import main
 from edgegt.version import __version__
 from tiny_models import SHARED
@@ -167,6 +169,14 @@ def test_model_and_data_go_together(capsys: pytest.CaptureFixture[str]) -> None:
         (["devices", "show"], "needs a name"),
         (["devices", "show", "rtx-3060"], "unknown"),
         (["run", "--config", "none.toml"], "none.toml"),
+        (["--foo"], "unknown option '--foo'"),
+        (["-x"], "unknown option '-x'"),
+        (["--"], "no command is named; commands: run, plan"),
+        (["--foo", "cache"], "unknown option '--foo'"),
+        (["run", "--mem", "4GiB"], "unknown option '--mem' (did you mean '--memory'?)"),
+        (["devices", "--js"], "unknown option '--js'"),
+        (["eval", "nothing", "--columns", "text=a"], "go with --data"),
+        (["eval", "--model", "m", "--data", "d", "--max-length", "3"], "--max-length 3 is out of range"),
         (["eval"], "name a run folder, or a model"),
         (["eval", "nothing"], "'nothing' is not a finished run folder"),
         (["generate", "only-one"], "quote the prompt"),
@@ -263,3 +273,25 @@ def test_the_version_and_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--output", "--seed", "--lr", "--epochs", "--steps", "--batch-size", "--max-length", "--rho",
                    "--memory", "--strategy", "--round-epochs", "--config"):  # fmt: skip
         assert option in text
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's, which this test need not import."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_too_little_memory_is_one_line(error: MemoryError | RuntimeError) -> None:
+    assert told(error) == "out of memory: lower --memory or --batch-size"
+
+
+def test_only_the_machines_errors_become_lines() -> None:
+    assert told(RuntimeError("a fault of edgegt")) is None
+    assert str(told(OSError(28, "No space left on device", "file"))).startswith("No space left on device (file)")
+
+
+def test_the_command_is_recorded_as_it_can_be_typed_again() -> None:
+    parsed = parse(["run", "--data", "my rows.csv", "--columns", "prompt=a b,completion=c"])
+    assert parsed.typed == "edgegt run --data 'my rows.csv' --columns 'prompt=a b,completion=c'"

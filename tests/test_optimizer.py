@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from edgegt.errors import EdgegtError
 from edgegt.memory import SMALL_TENSOR
 from edgegt.optimizer import AdamW, Moments, clip, clip_together, eight_bit_works, schedule
 
@@ -134,3 +135,15 @@ def test_joint_clipping_is_torchs() -> None:
     assert clip_together(ours, 0.5) == pytest.approx(float(expected), rel=1e-5)
     for parameter, gradient in zip(theirs, ours, strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_scaled(bad: float) -> None:
+    whole, spoilt = torch.tensor([3.0, 4.0]), torch.tensor([1.0, bad])
+    with pytest.raises(EdgegtError, match=r"^the gradient of h\.0\.w is not finite .*; lower --lr and run again$"):
+        clip(spoilt, 1.0, "h.0.w")
+    with pytest.raises(
+        EdgegtError, match=r"^the gradient is not finite \(its norm is (nan|inf)\), nothing was updated"
+    ):
+        clip_together([whole, spoilt], 1.0)
+    assert torch.equal(whole, torch.tensor([3.0, 4.0])) and float(spoilt[0]) == 1.0

@@ -64,11 +64,11 @@ def test_a_patched_base_computes_bit_for_bit_what_training_ended_with(family: st
 def test_a_patch_comes_back_from_its_file(tmp_path: Path) -> None:
     path = tmp_path / "patch.safetensors"
     tensors = {"b": torch.randn(3, 4), "a": torch.randn(7), "c": torch.randn(4, 3).t()}
-    save_patch(path, tensors, "f" * 64, "model", "1.2.3")
+    save_patch(path, tensors, "f" * 64, "model", "1.2.3", "\n")
     found, about = read_patch(path)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert about == {"format": "1", "fingerprint": "f" * 64, "model": "model", "edgegt": "1.2.3"}
+    assert about == {"format": "1", "fingerprint": "f" * 64, "model": "model", "edgegt": "1.2.3", "separator": "\n"}
     assert [item.name for item in tmp_path.iterdir()] == ["patch.safetensors"]
 
 

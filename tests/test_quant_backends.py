@@ -133,6 +133,24 @@ def test_padding_changes_no_product(shape: tuple[int, int, int]) -> None:
     assert torch.equal(padded_int_mm(grad, back), torch._int_mm(grad, back))
 
 
+@pytest.mark.parametrize("shape", [(40, 64, 64), (33, 67, 129)])
+def test_cuda_gets_row_major_times_column_major(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k, out = shape
+    seen: list[tuple[int, int]] = []
+    plain = torch._int_mm
+
+    def spy(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seen.append((a.stride(1), b.stride(0)))
+        return plain(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", spy)
+    q, grad, weight = (int8(*size, torch.device("cpu")) for size in ((n, k), (n, out), (out, k)))
+    padded_int_mm(q, weight.t())
+    padded_int_mm(grad, weight)
+    padded_int_mm(grad.t().contiguous().t(), weight)
+    assert seen == [(1, 1)] * 3
+
+
 def test_rows_fit_int8_whatever_their_size(device: torch.device) -> None:
     w = torch.randn(600, 500) * torch.logspace(-40, 30, 600)[:, None]
     w[3] = 0

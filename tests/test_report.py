@@ -20,7 +20,7 @@ from edgegt.report import write_report
 from edgegt.report.charts import TERM_COLOURS
 from edgegt.report.words import TERM_MEANINGS
 from edgegt.trace import trace
-from edgegt.units import MIB
+from edgegt.units import MIB, format_bytes
 from fake_run import EXAMPLES, fake_run
 from tiny_models import FAMILIES
 
@@ -117,10 +117,36 @@ def test_report_json_says_what_the_run_folder_says(whole: Path) -> None:
     plans = [json.loads((whole / f"plan-{index}.json").read_text()) for index in range(3)]
     assert [found["selected"] for found in report["rounds"]] == [plan["selected"] for plan in plans]
     assert (report["finished"], report["steps"]) == (True, 200)
-    wh = 15.0 * 66.4 / 3600
+
+
+def change_device(folder: Path, on_board: bool) -> None:
+    change(folder, "run.json", device={"name": "jetson-orin-nano-8gb", "on_board": on_board})
+
+
+@pytest.mark.parametrize(("on_board", "seconds"), [(True, 66.4), (False, 200 * 0.082)])
+def test_energy_is_the_devices_power_times_the_devices_time(on_board: bool, seconds: float, tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", layers=1, rounds=1)
+    change_device(folder, on_board)
+    write_report(folder)
+    report, text, wh = report_of(folder), text_of(page_of(folder)), 15.0 * seconds / 3600
+    assert report["energy"]["seconds"] == pytest.approx(seconds)
     assert report["energy"]["wh"] == pytest.approx(wh)
     assert report["energy"]["full_wh"] == pytest.approx(wh / 0.481)
     assert report["co2"]["g"] == pytest.approx(wh * report["co2"]["kg_per_kwh"])
+    assert report["co2"]["full_g"] == pytest.approx(wh / 0.481 * report["co2"]["kg_per_kwh"])
+    predicted = "predicted for the device: the profile's power mode 15W and its predicted step time"
+    basis = "the profile's power mode 15W × measured time" if on_board else predicted
+    assert report["energy"]["basis"] == basis
+    assert f"Energy (15 W): {basis}." in text
+    assert ("Energy, predicted" in text) == ("Time on the device, predicted" in text) == (not on_board)
+
+
+def test_energy_off_the_board_is_not_known_without_a_step_time_of_the_device(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", layers=1, rounds=1, steps=4)
+    change(folder, "run.json", predicted={"device_step_s": 0.0})
+    write_report(folder)
+    assert report_of(folder)["energy"]["wh"] is report_of(folder)["energy"]["basis"] is None
+    assert "Energy (" not in text_of(page_of(folder))
 
 
 def test_rounds_are_in_their_order_beyond_nine(tmp_path: Path) -> None:
@@ -278,7 +304,7 @@ def test_an_interrupted_run_shows_what_it_used_so_far(tmp_path: Path) -> None:
     assert report["measured"]["step_s"] == pytest.approx(0.33)
     assert report["eval"]["after"] is None
     assert report["eval"]["before"]["loss"] == 5.7021
-    assert report["energy"]["wh"] == pytest.approx(15 * 30 * 0.33 / 3600)
+    assert report["energy"]["wh"] == pytest.approx(15 * 30 * 0.082 / 3600)
     assert report["energy"]["full_wh"] is None
     assert "This run is not finished. It was stopped after step 30" in text
     assert "no evaluation after" in text
@@ -371,7 +397,19 @@ def test_every_term_of_the_memory_model_has_a_meaning_and_a_colour(tmp_path: Pat
     write_report(folder)
     assert set(terms) <= set(TERM_MEANINGS)
     assert len(terms) <= len(TERM_COLOURS)
-    assert "predicted peak" in text_of(page_of(folder))
+
+
+def test_a_predicted_peak_that_is_not_of_training_stands_apart_from_the_sum_of_its_terms(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", layers=1, rounds=1, steps=4)
+    write_report(folder)
+    total = sum(report_of(folder)["memory_terms"].values())
+    assert "the terms of training: the predicted peak" in text_of(page_of(folder))
+    change(folder, "run.json", predicted={"peak_bytes": total + 100 * MIB}, memory_terms={})
+    write_report(folder)
+    text = " ".join(text_of(page_of(folder)).split())
+    assert sum(report_of(folder)["memory_terms"].values()) == total, "taken from the plan"
+    assert f"sum the terms of training {format_bytes(total)} 100 %" in text
+    assert f"the largest of training, evaluation and importance {format_bytes(total + 100 * MIB)}" in text
 
 
 def test_an_eighty_layer_run_of_many_steps_is_a_page_of_moderate_size(tmp_path: Path) -> None:

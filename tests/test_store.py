@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +17,8 @@ from transformers import LlamaConfig
 
 from edgegt.errors import InputError
 from edgegt.quant import dequantize, quantize_rows
-from edgegt.source import fingerprint, load_tokenizer, locate, open_source, read_config
-from edgegt.store import cache_dir, clear_cache, list_cache
+from edgegt.source import Source, fingerprint, load_tokenizer, locate, open_source, read_config
+from edgegt.store import Entry, base_store, cache_dir, clear_cache, list_cache
 from tiny_models import FAMILIES, SHARED, load, save_model
 
 STORIES = SHARED / "data" / "models" / "stories260K"
@@ -71,6 +74,70 @@ def test_a_store_with_a_file_missing_is_made_again(folder: Path, tmp_path: Path)
     (first.directory / "block-001.safetensors").unlink()
     again = load(folder, tmp_path / "cache").store
     assert (again.directory / "block-001.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"format": 1}', '{"format": 1, "files": {}}', '{"format": 1, "files": 3}']
+)
+def test_a_store_with_a_damaged_manifest_is_made_again(text: str, folder: Path, tmp_path: Path) -> None:
+    first = load(folder, tmp_path / "cache").store
+    (first.directory / "manifest.json").write_text(text)
+    assert list_cache(tmp_path / "cache") == []
+    assert load(folder, tmp_path / "cache").store.files == first.files
+    assert len(list_cache(tmp_path / "cache")) == 1
+
+
+@dataclass(frozen=True)
+class SlowSource(Source):
+    """While its tensors are read, another process puts a store in place."""
+
+    rival: Path
+    place: Path
+
+    def tensor(self, name: str) -> Any:
+        shutil.copytree(self.rival, self.place, dirs_exist_ok=True)
+        return super().tensor(name)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_two_processes_may_make_the_same_store(complete: bool, folder: Path, tmp_path: Path) -> None:
+    rival, source = load(folder, tmp_path / "cache").store, open_source(str(folder))
+    if not complete:
+        (rival.directory / "manifest.json").unlink()
+    place = tmp_path / "other" / "base" / rival.directory.name
+    slow = SlowSource(source.directory, source.name, source.files, rival.directory, place)
+    name = "model.norm.weight"
+    store = base_store(slow, rival.directory.name, [Entry(name, name, 3, False, False)], tmp_path / "other")
+    assert (len(store.files) > 1) == complete  # the rival's has every tensor
+    assert torch.equal(store.tensor(name), rival.tensor(name))
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_a_damaged_file_of_a_store_is_named_with_a_remedy(folder: Path, tmp_path: Path) -> None:
+    path = load(folder, tmp_path / "cache").store.directory / "block-001.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"block-001\.safetensors' is damaged.*`edgegt cache clear`"):
+        load(folder, tmp_path / "cache")
+
+
+def test_a_full_disk_is_refused_in_one_line_and_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))  # as a full disk, for this process
+    try:
+        with pytest.raises(InputError, match=r"could not be written.*free space there") as refusal:
+            load(folder, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(refusal.value)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_cache_that_cannot_be_written_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "base").write_text("in the way")
+    with pytest.raises(InputError, match=r"could not be written.*EDGEGT_CACHE") as refusal:
+        load(folder, tmp_path / "cache")
+    assert "\n" not in str(refusal.value)
 
 
 def test_the_store_holds_the_quantised_tensors(folder: Path, tmp_path: Path) -> None:
@@ -208,6 +275,30 @@ def test_the_cache_lists_what_it_holds_and_clears_it(folder: Path, tmp_path: Pat
     assert freed >= listed.size_bytes
     assert list_cache(cache) == []
     assert not list(cache.rglob("*.safetensors"))
+
+
+def test_clearing_touches_only_what_edgegt_made(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    made = load(folder, cache).store.directory
+    half = made.with_name(f"{'0' * 32}.123.partial")
+    half.mkdir()
+    (half / "below.safetensors").write_bytes(b"half")
+    foreign = [cache / "notes.json", cache / "thesis.txt", cache / "base" / "mine" / "file", cache / "base" / "x.json",
+               cache / "base" / f"{'0' * 32}.old" / "file"]  # fmt: skip
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("mine")
+    (cache / "base" / ("1" * 32)).symlink_to(tmp_path / "elsewhere")
+    (cache / "backend.json").write_text("{}")
+    ours = sum(path.stat().st_size for place in (made, half) for path in place.iterdir())
+    ours += sum((cache / name).stat().st_size for name in ("backend.json", "fingerprints.json"))
+    assert clear_cache(cache) == ours
+    assert all(path.read_text() == "mine" for path in (*foreign, tmp_path / "elsewhere" / "file"))
+    assert not made.exists() and not half.exists()
+    assert {path.name for path in cache.iterdir()} == {"base", "notes.json", "thesis.txt"}
+    assert clear_cache(cache) == 0
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

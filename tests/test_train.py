@@ -50,7 +50,7 @@ class Run:
         model, trainables = self.model, self.trainables
         parts = Parts(model.module, CPU, trainables.live, trainables.step, model.inputs.clear, model.meter,
                       MemoryWatch(False))  # fmt: skip
-        recipe = Recipe(lambda step: lr, clip_to, len(batches), 0)
+        recipe = Recipe(lambda step: lr, clip_to, len(batches), 1 << 62, lambda shape: 0)
         pairs = [(0.0, batch) for batch in batches]
         train_round(
             parts, recipe, pairs, micro_batch, 0, self.progress, self.path / "metrics.jsonl", lambda entry: None
@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_a_number_updates_nothing(rows: int, micro_batch: int
     seen: list[str] = []
     parts = Parts(model, CPU, {"weight": model.weight}, lambda name, gradient, lr: seen.append(name), lambda: None,
                   FlopMeter(), MemoryWatch(False))  # fmt: skip
-    recipe, progress = Recipe(lambda step: 0.5, 1.0, 3, 0), Progress()
+    recipe, progress = Recipe(lambda step: 0.5, 1.0, 3, 1 << 62, lambda shape: 0), Progress()
     batches = [(0.0, batch_of(rows, seed, vocabulary=300)) for seed in range(3)]
     with pytest.raises(EdgegtError, match=r"the loss of step \d is nan: nothing was updated by it; lower --lr \(0.5\)"):
         train_round(parts, recipe, batches, micro_batch, 0, progress, tmp_path / "m.jsonl", lambda entry: None)

@@ -12,7 +12,7 @@ MODEL = Path(__file__).resolve().parent
 TRAIN = MODEL / "household.train.jsonl"
 HELD_OUT = MODEL / "household.heldout.jsonl"
 GENERAL = MODEL / "general.heldout.jsonl"
-EPOCHS = 5.0
+EPOCHS = 6.0
 NEW_TOKENS = 48
 SEPARATOR = " =>"
 

@@ -30,6 +30,7 @@ __all__ = [
     "Meter",
     "Probe",
     "ReferenceBackend",
+    "TorchBackend",
     "check_backends",
     "choose_backend",
     "dequantize",

@@ -2,7 +2,8 @@
 
 On CPU the product is exact for every shape and 3 to 5 times as fast as float32 where the processor has int8 dot
 products (AVX512-VNNI). On CUDA it needs more than 16 rows and multiples of 8 elsewhere: operands are padded with zeros,
-which change no sum, and the result is cropped.
+which change no sum, and the result is cropped. There the second operand is made column-major as well, because not every
+GPU multiplies a row-major one (pytorch issues 169956, 169961): dx copies its weight for the time of the product.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """`torch._int_mm` of zero-padded operands, cropped: at least 32 rows, other sizes multiples of 8."""
+    """`torch._int_mm` of operands as CUDA wants them, cropped: at least 32 rows, multiples of 8, b column-major."""
     rows, inner, columns = a.shape[0], a.shape[1], b.shape[1]
     more_rows = max(0, CUDA_ROWS - rows)
     more_inner = -inner % CUDA_MULTIPLE
     more_columns = -columns % CUDA_MULTIPLE
     if more_rows or more_inner:
         a = pad(a, (0, more_inner, 0, more_rows))
+    columns_of_b = b.t()
     if more_inner or more_columns:
-        # Padding the transposed view's base keeps its memory order, which cuBLAS prefers for x W^T.
-        b = pad(b.t(), (0, more_inner, 0, more_columns)).t()
-    product = torch._int_mm(a, b)
+        columns_of_b = pad(columns_of_b, (0, more_inner, 0, more_columns))
+    product = torch._int_mm(a.contiguous(), columns_of_b.contiguous().t())
     return product[:rows, :columns].contiguous() if more_rows or more_columns else product

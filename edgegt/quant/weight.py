@@ -77,7 +77,7 @@ def refresh_planes(weight: Int8Weight, master: Tensor, chunk_rows: int | None = 
         raise ValueError(f"master is {tuple(master.shape)}, the planes are {tuple(weight.shape)}")
     _fill(weight, master.detach(), chunk_rows)
     if not _finite(weight.scale):
-        raise EdgegtError("a trained tensor holds NaN or infinity: resume from the last checkpoint with a lower --lr")
+        raise EdgegtError("a trained tensor holds NaN or infinity: run again with a lower --lr")
 
 
 def dequantize(weight: Int8Weight, out: Tensor | None = None) -> Tensor:

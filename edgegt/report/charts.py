@@ -139,7 +139,7 @@ def _limit_line(axes: Axes, limit: float, text: str, side: Literal["right", "cen
 
 
 def memory_bar(terms: Mapping[str, int], budget: float | None) -> str:
-    """One stacked bar of the named terms of the predicted peak, with the budget as a line."""
+    """One stacked bar of the named terms of training, with the budget as a line."""
     figure, axes = canvas(1000, 82, 2, 2, 26, 28)
     start = 0.0
     unit, unit_name = scale(max(sum(terms.values()), budget or 0))
@@ -152,7 +152,7 @@ def memory_bar(terms: Mapping[str, int], budget: float | None) -> str:
         _limit_line(axes, budget / unit, f"budget {format_bytes(budget)}", "right")
     axes.xaxis.set_major_locator(MaxNLocator(6, prune="both"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} {unit_name}"))
-    return to_svg(figure, "memory-terms", "predicted peak memory by term")
+    return to_svg(figure, "memory-terms", "predicted memory of training by term")
 
 
 def scale(largest: float) -> tuple[int, str]:

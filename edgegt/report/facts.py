@@ -51,11 +51,15 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Energy:
-    """Energy of training at a constant power, and of full fine-tuning at the same FLOPs per second."""
+    """Energy of training on the device at its power mode, and of full fine-tuning at the same FLOPs per second.
+
+    predicted: the time is not the measured one, which is another machine's, but the one predicted for the device.
+    """
 
     watts: float
     train_s: float
     full_s: float | None
+    predicted: bool
 
     @property
     def wh(self) -> float:
@@ -154,15 +158,44 @@ def _measured_so_far(facts: RunFacts) -> Tree:
 def energy(facts: RunFacts) -> Energy | None:
     """Energy of the training so far, or None where power or time is unknown.
 
-    Full fine-tuning is estimated at the rate (FLOPs per second) that this run reached; only a whole run has it.
+    The profile's power belongs to the device: off the board it is multiplied by the time predicted for the device,
+    never by this machine's. A step time of 0 means that none was predicted.
     """
-    used = measured(facts)
-    watts, train_s, flops = number(facts.part("power"), "watts"), number(used, "train_s"), number(used, "flops")
+    predicted = not facts.part("device").get("on_board")
+    watts, train_s = number(facts.part("power"), "watts"), number(measured(facts), "train_s")
+    if predicted:
+        step_s = number(facts.part("predicted"), "device_step_s")
+        train_s = step_s * facts.last_step if step_s and facts.last_step else None
     if watts is None or train_s is None:
         return None
-    full = number(facts.run, "full_flops")
-    full_s = train_s * full / flops if full and flops and facts.finished else None
-    return Energy(watts, train_s, full_s)
+    return Energy(watts, train_s, full_time(facts, train_s), predicted)
+
+
+def full_time(facts: RunFacts, train_s: float) -> float | None:
+    """Seconds of full fine-tuning at the rate (FLOPs per second) of a run that took `train_s`; None if unfinished."""
+    flops, full = number(measured(facts), "flops"), number(facts.run, "full_flops")
+    return train_s * full / flops if full and flops and facts.finished else None
+
+
+def energy_basis(facts: RunFacts) -> str | None:
+    """What the energy is computed from, in words; None where there is none."""
+    spent, power = energy(facts), facts.part("power")
+    if spent is None:
+        return None
+    mode, source = power.get("mode"), str(power.get("source") or "a source that is not recorded")
+    if source == "profile":
+        source = "the profile's power mode" + (f" {mode}" if mode else "")
+    elif mode:
+        source += f" (power mode {mode})"
+    if spent.predicted:
+        return f"predicted for the device: {source} and its predicted step time"
+    return f"{source} × measured time"
+
+
+def memory_terms(facts: RunFacts) -> Tree:
+    """The terms of training at its largest: the run's, or those of the plan that needs most where it wrote none."""
+    plans = [plan["memory"] for plan in facts.plans if plan.get("memory")]
+    return facts.part("memory_terms") or max(plans, key=lambda terms: sum(terms.values()), default={})
 
 
 def build_report(facts: RunFacts) -> Tree:
@@ -185,7 +218,7 @@ def build_report(facts: RunFacts) -> Tree:
         "strategy": facts.run.get("strategy"),
         "backend": facts.run.get("backend"),
         "full_flops": facts.run.get("full_flops"),
-        "memory_terms": facts.part("memory_terms"),
+        "memory_terms": memory_terms(facts),
         "data": {key: value for key, value in facts.part("data").items() if key != "examples"},
         **_energy_keys(facts),
     }
@@ -209,7 +242,15 @@ def _energy_keys(facts: RunFacts) -> Tree:
     wh = spent.wh if spent else None
     full_wh = spent.full_wh if spent else None
     return {
-        "energy": {"watts": power.get("watts"), "source": power.get("source"), "wh": wh, "full_wh": full_wh},
+        "energy": {
+            "watts": power.get("watts"),
+            "source": power.get("source"),
+            "mode": power.get("mode"),
+            "basis": energy_basis(facts),
+            "seconds": spent.train_s if spent else None,
+            "wh": wh,
+            "full_wh": full_wh,
+        },
         "co2": {
             "kg_per_kwh": CO2_KG_PER_KWH,
             "source": CO2_SOURCE,

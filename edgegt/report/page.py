@@ -40,7 +40,7 @@ def _texts(facts: RunFacts, report: Tree) -> dict[str, Any]:
         "asked": words.asked_rows(facts),
         "flops_rows": words.flops_rows(report),
         "memory_rows": words.memory_rows(report),
-        "terms": words.term_rows(report["memory_terms"]),
+        "terms": words.term_rows(report["memory_terms"], number(report["predicted"], "peak_bytes")),
         "rounds": words.round_rows(facts.plans),
         "costs": words.cost_rows(facts, report),
         "cost_notes": words.cost_notes(facts),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgegt.report.facts import CO2_KG_PER_KWH, CO2_SOURCE, RunFacts, energy, number
+from edgegt.report.facts import CO2_KG_PER_KWH, CO2_SOURCE, RunFacts, energy, energy_basis, full_time, number
 from edgegt.units import format_bytes, format_duration, format_flops
 
 MAX_EXAMPLES = 8
@@ -181,14 +181,20 @@ def _flops(tree: Tree, key: str) -> str:
     return UNKNOWN if value is None else format_flops(value)
 
 
-def term_rows(terms: Tree) -> list[Row]:
-    """Each named term of the predicted peak: name, meaning, bytes, share of the sum; then the sum."""
+def term_rows(terms: Tree, predicted_peak: float | None) -> list[Row]:
+    """Each term of training: name, meaning, bytes, share of the sum; the sum; the predicted peak if it is another."""
     total = sum(terms.values()) or 1
     rows: list[Row] = [
         (name, TERM_MEANINGS.get(name, ""), format_bytes(value), percent(value / total))
         for name, value in terms.items()
     ]
-    return [*rows, ("sum", "predicted peak", format_bytes(total), "100 %")] if rows else []
+    if not rows:
+        return []
+    if predicted_peak is None or predicted_peak == total:
+        meaning = "the terms of training" if predicted_peak is None else "the terms of training: the predicted peak"
+        return [*rows, ("sum", meaning, format_bytes(total), "100 %")]
+    peak = ("predicted peak", "the largest of training, evaluation and importance", format_bytes(predicted_peak), "")
+    return [*rows, ("sum", "the terms of training", format_bytes(total), "100 %"), peak]
 
 
 def round_rows(plans: Sequence[Tree]) -> list[Row]:
@@ -217,7 +223,8 @@ def _round_row(plan: Tree) -> Row:
 def cost_rows(facts: RunFacts, report: Tree) -> list[Row]:
     """FLOPs, time, energy and CO2: label, this run, full fine-tuning, this run as a share of it."""
     spent, used = energy(facts), report["measured"]
-    full_s = spent.full_s if spent else None
+    train_s = number(used, "train_s")
+    full_s = None if train_s is None else full_time(facts, train_s)
     share = number(used, "flops_ratio") if facts.finished else None
     estimated = percent(share) if full_s is not None else ""
     rows: list[Row] = [
@@ -226,11 +233,14 @@ def cost_rows(facts: RunFacts, report: Tree) -> list[Row]:
     ]
     if spent is None:
         return [*rows, ("Energy", UNKNOWN, "", ""), ("CO₂", UNKNOWN, "", "")]
-    full_wh = spent.full_wh
+    full_wh, how, estimated = spent.full_wh, "", percent(share) if spent.full_s is not None else ""
+    if spent.predicted:
+        how, full = ", predicted", "" if spent.full_s is None else format_duration(spent.full_s)
+        rows.append(("Time on the device, predicted", format_duration(spent.train_s), full, estimated))
     return [
         *rows,
-        ("Energy", _wh(spent.wh), "" if full_wh is None else _wh(full_wh), estimated),
-        ("CO₂", _co2(spent.wh), "" if full_wh is None else _co2(full_wh), estimated),
+        (f"Energy{how}", _wh(spent.wh), "" if full_wh is None else _wh(full_wh), estimated),
+        (f"CO₂{how}", _co2(spent.wh), "" if full_wh is None else _co2(full_wh), estimated),
     ]
 
 
@@ -247,16 +257,10 @@ def _co2(wh: float) -> str:
 
 def cost_notes(facts: RunFacts) -> list[str]:
     """Where the numbers of `cost_rows` come from."""
-    power = facts.part("power")
-    watts = number(power, "watts")
-    source, mode = str(power.get("source") or "a source that is not recorded"), power.get("mode")
-    if source == "profile":
-        source = "the profile's power mode" + (f" {mode}" if mode else "")
-    elif mode:
-        source += f" (power mode {mode})"
+    watts, basis = number(facts.part("power"), "watts"), energy_basis(facts)
     notes = ["Full fine-tuning is estimated at the rate, in FLOPs per second, that this run reached."]
-    if watts is not None:
-        notes.append(f"Energy is {watts:g} W × training time; the power is from {source}.")
+    if watts is not None and basis is not None:
+        notes.append(f"Energy ({watts:g} W): {basis}.")
     return [*notes, f"CO₂ at {CO2_KG_PER_KWH} kg/kWh ({CO2_SOURCE})."]
 
 
