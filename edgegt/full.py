@@ -152,7 +152,7 @@ def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:
     largest_weight = max(weight.numel for weight in table.weights)
     terms = {
         "floor": setup.need.floor_bytes,
-        "libraries": LIBRARY_BYTES,
+        "libraries": 2 * LIBRARY_BYTES,
         "base": table.float_bytes,
         "optimizer": 2 * table.float_bytes,
         "gradients": table.float_bytes if rows < setup.options.batch_size else 3 * 4 * largest_weight,

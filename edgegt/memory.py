@@ -31,7 +31,7 @@ LOGIT_BYTES = 12
 SMALL_TENSOR = 4096
 SLACK_SHARE = 0.08
 SLACK_BYTES = 6 * MIB
-LIBRARY_BYTES = 16 * MIB
+LIBRARY_BYTES = 19 * MIB
 
 
 def optimizer_bytes(weight: Weight, eight_bit: bool = True) -> int:
