@@ -2,7 +2,7 @@
 
 Importance is measured before the steps that it is to predict. At the start of a shift of domain it is large in every
 layer and says little for the head, which later decides more than any choice among the blocks: on stories260K and E2E,
-1076 steps at half of the FLOPs, the head came 30th of 47 in the first measurement and first in the second. So a head
+1066 steps at half of the FLOPs, the head came 30th of 47 in the first measurement and first in the second. So a head
 that can be afforded is trained; the rest competes by importance. Numbers: docs/decisions.md.
 """
 
