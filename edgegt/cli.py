@@ -252,7 +252,10 @@ def _generate(parsed: argparse.Namespace) -> int:
     wanted = 1 if parsed.model else 2
     if len(parsed.words) != wanted:
         shape = "PROMPT with --model" if parsed.model else "RUN PROMPT"
-        raise InputError(f"`edgegt generate` takes {shape}, and got {len(parsed.words)} words: quote the prompt")
+        raise InputError(
+            f"`edgegt generate` takes {shape}, and got {len(parsed.words)} of them: name the run folder first, and quote "
+            "the prompt"
+        )
     from edgegt.use import generate_text
 
     run_folder = None if parsed.model else parsed.words[0]

@@ -21,6 +21,7 @@ from edgegt.options import RunOptions
 from edgegt.units import format_bytes
 
 TWO_ROUNDS_FROM = 40
+ONLY_THE_HOUSEHOLD = "--data without --model: give --model too (the built-in model only knows its household)"
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def model_name(options: RunOptions) -> str:
     """--model, or the home assistant's folder."""
     if options.model is None:
         if options.data is not None:
-            raise InputError("--data without --model: give --model too (the built-in model only knows its household)")
+            raise InputError(ONLY_THE_HOUSEHOLD)
         return str(home.MODEL)
     if options.data is None:
         raise InputError("--model without --data: give --data too, a JSONL, JSON, CSV or text file")

@@ -70,16 +70,16 @@ class RunOptions:
 
 
 _RANGES: dict[str, tuple[float, float, str]] = {
-    "rho": (0.0, 1.0, "greater than 0 and at most 1, such as 0.5"),
-    "epochs": (0.0, 1e6, "greater than 0"),
+    "rho": (0.0, 1.0, "a number greater than 0 and at most 1, such as 0.5"),
+    "epochs": (0.0, 1e6, "a number greater than 0"),
     "steps": (0.0, 1e9, "a positive whole number"),
-    "round_epochs": (0.0, 1e6, "greater than 0"),
+    "round_epochs": (0.0, 1e6, "a number greater than 0"),
     "batch_size": (0.0, 65536, "a positive whole number"),
-    "max_length": (7, 1e7, "at least 8"),
-    "lr": (0.0, 10.0, "greater than 0, such as 5e-4"),
-    "warmup": (-1e-9, 0.9, "from 0 to 0.9"),
-    "weight_decay": (-1e-9, 1.0, "from 0 to 1"),
-    "max_grad_norm": (0.0, 1e9, "greater than 0"),
+    "max_length": (7, 1e7, "a number of at least 8"),
+    "lr": (0.0, 10.0, "a number greater than 0, such as 5e-4"),
+    "warmup": (-1e-9, 0.9, "a number from 0 to 0.9"),
+    "weight_decay": (-1e-9, 1.0, "a number from 0 to 1"),
+    "max_grad_norm": (0.0, 1e9, "a number greater than 0"),
     "eval_rows": (0.0, 1e9, "a positive whole number"),
     "threads": (0.0, 4096, "a positive whole number"),
 }
@@ -95,7 +95,7 @@ def _number_problems(options: RunOptions) -> list[str]:
     for name, (above, most, allowed) in _RANGES.items():
         value = getattr(options, name)
         if value is not None and not above < value <= most:
-            problems.append(f"{flag(name)} {value:g} is out of range: give a number {allowed}")
+            problems.append(f"{flag(name)} {value:g} is out of range: give {allowed}")
     if not 0 < options.eval_fraction < 1:
         problems.append(f"--eval-fraction {options.eval_fraction:g} is out of range: give a number between 0 and 1")
     if options.memory is not None:

@@ -10,20 +10,20 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from edgegt.budget import Need, plan_probes, smallest_bytes
+from edgegt.budget import Need, Probes, check_memory, flops_budget, plan_probes, smallest_bytes
 from edgegt.cost import BatchShape, CostTable
 from edgegt.errors import BudgetError, InputError
-from edgegt.job import Schedule, make_schedule, memory_budget, read_corpus, resolve
+from edgegt.job import ONLY_THE_HOUSEHOLD, Schedule, make_schedule, memory_budget, read_corpus, resolve
 from edgegt.log import Log
 from edgegt.options import RunOptions
-from edgegt.planner import Plan, Problem, plan
+from edgegt.planner import Problem, plan
 from edgegt.units import format_bytes, format_duration, format_flops
 from edgegt.value import values_of
 
 PROXY = "proxy: square root of a weight's size, rising towards the loss (importance needs the weights and the data)"
 DEFAULT_STEPS = 100
 DEFAULT_TOKENS, DEFAULT_KEPT = 256, 64
-FLOOR_BYTES = 480 * 2**20
+FLOOR_BYTES = 512 * 2**20
 SPREAD = {"flops": (0.98, 1.0, 1.0), "bytes": (0.92, 1.0, 1.05), "seconds": (0.6, 1.0, 2.5)}
 
 
@@ -35,6 +35,8 @@ def look_ahead(options: RunOptions, log: Log) -> dict[str, Any]:
 
     if options.strategy == "full":
         raise InputError("--strategy full trains everything at rho 1: there is nothing to plan; leave --strategy out")
+    if options.data is not None and options.model is None:
+        raise InputError(ONLY_THE_HOUSEHOLD)
     name = options.model or str(home.MODEL)
     resolved, host = resolve(options)
     asked = options.memory_bytes or resolved.profile.budget_bytes
@@ -47,14 +49,19 @@ def look_ahead(options: RunOptions, log: Log) -> dict[str, Any]:
     rho = options.rho or resolved.profile.rho
     full = table.full_work().total(schedule.shapes)
     least = smallest_bytes(options, need, schedule)
-    probing = _probing(options, schedule, rho, need, memory_bytes)
-    problem = Problem(
-        table, values_of(proxy_importance(table), table), schedule.shapes, int(rho * full) - probing, memory_bytes,
-        need.around, need.vocabulary, options.batch_size,
-    )  # fmt: skip
-    chosen, refusal = _plan(problem, options.strategy, options.seed)
-    if chosen is not None and least > memory_bytes:
-        chosen, refusal = None, f"evaluation and the importance pass need {format_bytes(least)}"
+    probes = _probes(options, schedule, rho, need, memory_bytes)
+    probing = len(schedule.rounds) * table.probe_work().total(probes.shapes(schedule))
+    chosen, refusal = None, None
+    try:
+        flops = flops_budget(rho, options, need, schedule, probes)
+        check_memory(memory_bytes, options, need, schedule)
+        problem = Problem(
+            table, values_of(proxy_importance(table), table), schedule.shapes, flops - probing, memory_bytes,
+            need.around, need.vocabulary, options.batch_size,
+        )  # fmt: skip
+        chosen = plan(problem, options.strategy, options.seed)
+    except BudgetError as error:
+        refusal = str(error)
     outlook: dict[str, Any] = {
         "fits": chosen is not None,
         "device": resolved.profile.name,
@@ -81,24 +88,16 @@ def look_ahead(options: RunOptions, log: Log) -> dict[str, Any]:
     return outlook
 
 
-def _probing(options: RunOptions, schedule: Schedule, rho: float, need: Need, memory_bytes: int) -> int:
-    """FLOPs that measuring importance will take; nothing for strategies that do not."""
+def _probes(options: RunOptions, schedule: Schedule, rho: float, need: Need, memory_bytes: int) -> Probes:
+    """How importance will be measured; not at all by strategies that do not use it."""
     if options.strategy != "greentrainer":
-        return 0
-    probes = plan_probes(options, schedule, rho, need, memory_bytes)
-    return len(schedule.rounds) * need.table.probe_work().total(probes.shapes(schedule))
+        return Probes(0, 0)
+    return plan_probes(options, schedule, rho, need, memory_bytes)
 
 
 def proxy_importance(table: CostTable) -> dict[str, float]:
     """A stand-in for importance: square root of the size, up to twice as much at the top of the stack."""
     return {w.name: math.sqrt(w.numel) * (1 + max(0, w.block) / max(1, table.blocks)) for w in table.weights}
-
-
-def _plan(problem: Problem, strategy: str, seed: int) -> tuple[Plan | None, str | None]:
-    try:
-        return plan(problem, strategy, seed), None
-    except BudgetError as error:
-        return None, str(error)
 
 
 def _config(name: str) -> tuple[Any, str]:
@@ -138,17 +137,18 @@ def outlook_text(outlook: dict[str, Any]) -> str:
         f"device     {outlook['device']}: {format_bytes(budget['memory_bytes'])}, rho {budget['rho']:g}",
         f"batch      {outlook['batch']}",
     ]
+    if outlook["notice"]:
+        lines.insert(2, f"           ({outlook['notice']})")
     if not outlook["fits"]:
-        needed = format_bytes(outlook["smallest_bytes"])
-        return "\n".join([*lines, f"fits       no: {outlook['refusal']}", f"smallest   {needed}"])
+        return "\n".join([*lines, f"fits       no: {outlook['refusal']}"])
     predicted, selected = outlook["predicted"], outlook["selected"]
     shown = ", ".join(selected[:6]) + (f", and {len(selected) - 6} more" if len(selected) > 6 else "")
     peak, step, whole = predicted["peak_bytes"], predicted["step_s"], predicted["train_s"]
     flops = predicted["flops"]
     return "\n".join([
         *lines,
-        f"fits       yes, from {format_bytes(outlook['smallest_bytes'])} on; micro-batch {outlook['micro_batch']}",
-        f"trained    {len(selected)} tensors: {shown}",
+        f"fits       yes, from about {format_bytes(outlook['smallest_bytes'])}; micro-batch {outlook['micro_batch']}",
+        f"trained    {len(selected)} tensor{'s' if len(selected) > 1 else ''}: {shown}",
         f"           ({outlook['importance']})",
         f"FLOPs      {predicted['flops_ratio']:.1%} of full fine-tuning: {format_flops(flops['expected'])} "
         f"(at most {format_flops(flops['high'])}) of {format_flops(predicted['full_flops'])}",

@@ -71,7 +71,8 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     source, config = open_source(name), read_config(name)
     tokenizer = load_tokenizer(source.directory)
     corpus = read_corpus(options, tokenizer)
-    log.say(f"data: {corpus.name} ({corpus.format}), {corpus.reports[0].line()}; {len(corpus.held_out)} held out")
+    log.say(f"data: {corpus.name} ({corpus.format}), to train on {corpus.reports[0].line()}")
+    log.say(f"held out: {corpus.reports[1].rows} rows, {len(corpus.held_out)} of them evaluated")
 
     device, watch = start_torch(options, resolved, log)
     schedule = make_schedule(options, corpus.train)

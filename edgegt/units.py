@@ -39,7 +39,9 @@ def format_flops(flops: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """'4 s', '3 min 20 s', '2 h 05 min'."""
+    """'6.6 ms', '4.0 s', '3 min 20 s', '2 h 05 min'."""
+    if seconds < 0.1:
+        return f"{seconds * 1000:.3g} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
