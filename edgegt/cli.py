@@ -253,7 +253,7 @@ def _generate(parsed: argparse.Namespace) -> int:
     if len(parsed.words) != wanted:
         shape = "PROMPT with --model" if parsed.model else "RUN PROMPT"
         raise InputError(
-            f"`edgegt generate` takes {shape}, and got {len(parsed.words)} of them: name the run folder first, and quote "
+            f"`edgegt generate` takes {shape}, and got {len(parsed.words)} word(s): name the run folder, and quote "
             "the prompt"
         )
     from edgegt.use import generate_text
