@@ -50,7 +50,7 @@ class RunOptions:
     schedule: str = _option("linear", "learning rate over the run", choices=SCHEDULES)
     warmup: float = _option(0.03, "share of the steps in which the learning rate rises")
     weight_decay: float = _option(0.0, "decoupled weight decay of AdamW")
-    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm, per tensor when applied within backward")
+    max_grad_norm: float = _option(10.0, "gradients are clipped to this norm, per tensor when applied within backward")
     eval_fraction: float = _option(0.1, "share of the rows held out for evaluation")
     eval_data: str | None = _option(None, "file with the held-out rows instead")
     eval_rows: int = _option(512, "held-out rows evaluated at most, the same before and after")

@@ -23,8 +23,6 @@ DEVICES = [
 ]
 # model: (learning rate of selection, of full fine-tuning), each the best of its grid
 TUNED = {"stories260K": (1.2e-2, 5e-3), "base-7m": (3.2e-3, 1e-3)}
-# At equal FLOPs the aim is 1.00. It is missed by 0.8 % on stories260K (docs/benchmarks.md), which this holds it to.
-ALLOWED = {"stories260K": 1.01, "base-7m": 1.0}
 
 
 def _loss(folder: Path, device: str, model: str, strategy: str, epochs: float) -> tuple[float, float]:
@@ -51,5 +49,5 @@ def test_selection_holds_against_full_fine_tuning(device: str, model: str, tmp_p
     full = f"full {equal_flops:.3f} at equal FLOPs, {equal_steps:.3f} at equal steps"
     print(f"{model}: {ours:.3f} at {share:.3f} of full; {full}")
     assert share <= 0.5
-    assert ours <= ALLOWED[model] * equal_flops
+    assert ours <= equal_flops
     assert ours <= 1.10 * equal_steps
