@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -31,20 +32,70 @@ def is_int8(module: nn.Module, parameter: Any) -> bool:
 
 
 def layers_of(model: nn.Module) -> tuple[str, int]:
-    """Name and length of the module list that holds the model's layers (the longest one)."""
-    lists = [(len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
+    """Name and length of the module list that holds the model's layers (the longest one that is in no other).
+
+    Raises: InputError when there is none.
+    """
+    lists = [(name, len(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [
+        (count, name)
+        for name, count in lists
+        if not any(name.startswith(f"{other}.") for other, length in lists if length and other != name)
+    ]
+    if not outer:
         raise InputError(f"{type(model).__name__} has no list of layers: only transformer language models can be tuned")
-    count, name = max(lists)
+    count, name = max(outer)
     return name, count
+
+
+def stacks_of(model: Any) -> tuple[tuple[str, int], ...]:
+    """Names and lengths of the lists of layers as they run: an encoder's and then a decoder's, or the only list."""
+    if not is_encoder_decoder(model.config):
+        return (layers_of(model),)
+    stacks = []
+    for part in (model.get_encoder(), model.get_decoder()):
+        name, count = layers_of(part)
+        owner = next(path for path, module in model.named_modules() if module is part)
+        stacks.append((f"{owner}.{name}", count))
+    return tuple(stacks)
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether the config describes two stacks of layers, the second reading the first's output."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def text_config(config: Any) -> Any:
+    """The config of the language model in it: itself, unless it describes models for several kinds of input.
+
+    Raises: InputError when there is more than one language model in it.
+    """
+    if is_encoder_decoder(config):
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        kind = getattr(config, "model_type", "?")
+        raise InputError(f"'{kind}' has several language models: give one decoder-only model") from error
 
 
 def block_of(name: str, layers: str, blocks: int, head: str) -> int:
     """Index of the layer that the weight belongs to; -1 below the layers, `blocks` above them."""
-    match = re.match(re.escape(layers) + r"\.(\d+)\.", name)
-    if match:
-        return int(match[1])
-    return blocks if name == head or "emb" not in name else -1
+    return block_in(name, ((layers, blocks),), head)
+
+
+def block_in(name: str, stacks: Sequence[tuple[str, int]], head: str) -> int:
+    """`block_of` for several lists, numbered through; what follows the encoder's layers belongs to the last of them."""
+    first = 0
+    for position, (layers, count) in enumerate(stacks):
+        match = re.match(re.escape(layers) + r"\.(\d+)\.", name)
+        if match:
+            return first + int(match[1])
+        first += count
+        inside = name.startswith(layers.rpartition(".")[0] + ".") and "emb" not in name
+        if inside and position < len(stacks) - 1:
+            return first - 1
+    return first if name == head or "emb" not in name else -1
 
 
 def head_name(model: Any) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from edgegt.cost import BatchShape, CostTable
+from edgegt.cost import BatchShape, CostTable, Totals
 from edgegt.errors import BudgetError
 from edgegt.job import Schedule
-from edgegt.memory import Surroundings, fixed_terms, slack_bytes
+from edgegt.memory import Formats, Surroundings, fixed_terms, slack_bytes
 from edgegt.options import RunOptions
-from edgegt.planner import Problem, smallest
-from edgegt.units import format_bytes
+from edgegt.planner import FORMATS, Problem, smallest
+from edgegt.problem import unlimited
+from edgegt.rates import Rates
+from edgegt.units import format_bytes, format_duration
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,33 @@ ANSWER_TOKENS = 96
 
 @dataclass(frozen=True)
 class Need:
-    """What a run needs whatever is selected. held_out: the longest held-out row, as a shape of one row."""
+    """What a run needs whatever is selected. held_out: the longest held-out row, as a shape of one row.
+
+    formats, head_rows: the number formats and parts of the head that may be trained, the preferred first.
+    """
 
     table: CostTable
     floor_bytes: int
     vocabulary: int
     held_out: BatchShape
-    eight_bit: bool = True
+    formats: tuple[Formats, ...] = FORMATS
+    head_rows: tuple[int | None, ...] = (None,)
+    rates: Rates | None = None
 
     @property
     def around(self) -> Surroundings:
         """The surroundings of a first round."""
-        return Surroundings(self.floor_bytes, (), self.eight_bit)
+        return Surroundings(self.floor_bytes)
+
+    def problem(
+        self, options: RunOptions, shapes: tuple[BatchShape, ...], values: Mapping[str, float], flops: int,
+        memory_bytes: int, seconds: float | None = None,
+    ) -> Problem:  # fmt: skip
+        """The problem of a first round on these batches."""
+        return Problem(
+            self.table, values, shapes, flops, memory_bytes, self.around, self.vocabulary, options.batch_size,
+            self.formats, self.head_rows, seconds, self.rates,
+        )  # fmt: skip
 
     def evaluation_bytes(self, rows: int, held_bytes: int = 0) -> int:
         """Peak of the held-out loss with this many rows at a time, beside `held_bytes` of trained tensors."""
@@ -112,7 +129,7 @@ def flops_budget(rho: float, options: RunOptions, need: Need, schedule: Schedule
     table = need.table
     full = table.full_work().total(schedule.shapes)
     probing = len(schedule.rounds) * table.probe_work().total(probes.shapes(schedule))
-    least = smallest(_unlimited(options, need, schedule)).rho_flops + probing
+    least = smallest(_anything(options, need, schedule)).rho_flops + probing
     if least > int(rho * full):
         smallest_rho = math.ceil(least / full * 100) / 100
         remedy = f"give --rho {smallest_rho:.2f} or more" if smallest_rho <= 1 else "give more --steps or --epochs"
@@ -126,27 +143,40 @@ def flops_budget(rho: float, options: RunOptions, need: Need, schedule: Schedule
 
 def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:
     """The least peak with which the run can be done: its smallest evaluation, probe and training."""
-    probing = options.strategy == "greentrainer"
+    probing = options.measures_importance
     return max(
-        smallest(_unlimited(options, need, schedule)).memory_bytes,
+        smallest(_anything(options, need, schedule)).memory_bytes,
         need.probe_bytes(largest(schedule, 2)) if probing else 0,
         need.evaluation_bytes(1),
         need.answer_bytes(1),
     )
 
 
-def _unlimited(options: RunOptions, need: Need, schedule: Schedule) -> Problem:
+def check_time(seconds: float | None, options: RunOptions, need: Need, schedule: Schedule, probes: Probes) -> None:
+    """Raises: BudgetError, with the least that would do, when the cheapest training takes longer than `seconds`."""
+    if seconds is None:
+        return
+    probing = probe_seconds(need, schedule, probes)
+    least = smallest(_anything(options, need, schedule, seconds)).seconds + probing
+    if least > seconds:
+        raise BudgetError(
+            f"the cheapest training takes about {format_duration(least)} here, and {format_duration(seconds)} are left "
+            f"for it: give --time {math.ceil(least / 60)}m or more, or fewer --steps or --epochs",
+            smallest_s=least,
+        )
+
+
+def probe_seconds(need: Need, schedule: Schedule, probes: Probes) -> float:
+    """Predicted seconds of measuring importance in every round, 0 without rates."""
+    if need.rates is None or not probes.count:
+        return 0.0
+    return len(schedule.rounds) * need.rates.probe_s(need.table, Totals.of(probes.shapes(schedule)))
+
+
+def _anything(options: RunOptions, need: Need, schedule: Schedule, seconds: float | None = None) -> Problem:
     """The run as a problem in which every weight is worth the same and nothing is too much."""
-    return Problem(
-        table=need.table,
-        values={weight.name: 1.0 for weight in need.table.weights},
-        shapes=schedule.shapes,
-        flops=need.table.full_work().total(schedule.shapes),
-        memory_bytes=1 << 62,
-        around=need.around,
-        vocabulary=need.vocabulary,
-        batch_size=options.batch_size,
-    )
+    values = {weight.name: 1.0 for weight in need.table.weights}
+    return unlimited(need.problem(options, schedule.shapes, values, 0, 0, seconds))
 
 
 def check_memory(memory_bytes: int, options: RunOptions, need: Need, schedule: Schedule) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from edgegt.folder import write_tensors
 from edgegt.selection import Trainables
 
@@ -26,13 +24,8 @@ class Position:
 
 
 def save_checkpoint(folder: Path, trainables: Trainables, position: Position) -> Path:
-    """Write `state.safetensors`: '<name>|master' and '<name>|<state>' for each live tensor."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in trainables.live.items():
-        tensors[f"{name}|master"] = parameter.detach().cpu().contiguous()
-        state = trainables.optimizer.states.get(name)
-        for key, value in (state.tensors() if state else {}).items():
-            tensors[f"{name}|{key}"] = value.cpu().contiguous()
+    """Write `state.safetensors`: '<name>|master', '<name>|<state>' and, of a head, '<name>|rows' for live tensors."""
+    tensors = {f"{name}|{key}": value for name in trainables.live for key, value in trainables.tensors(name).items()}
     about = {"format": FORMAT, "step": str(position.step), "round": str(position.round), "flops": str(position.flops)}
     path = folder / "state.safetensors"
     write_tensors(path, tensors, about)

@@ -1,4 +1,4 @@
-"""The command line: `edgegt run`, `plan`, `devices`, `report`, `eval`, `generate`, `doctor`, `cache`.
+"""The command line: `edgegt run`, `plan`, `devices`, `report`, `eval`, `generate`, `doctor`, `calibrate`, `cache`.
 
 Options of run and plan come from the table in `options`; torch is imported only by commands that compute. Results go
 to standard output, progress and errors to standard error. Exit codes: 0 done, 1 the run failed, 2 input refused or
@@ -280,6 +280,28 @@ def _doctor(parsed: argparse.Namespace) -> int:
     return 0 if findings["ok"] else 1
 
 
+def _add_calibrate(commands: Any, name: str) -> None:
+    about = "measure this machine and write its device profile"
+    parser = commands.add_parser(name, help=about, prog="edgegt calibrate")
+    parser.add_argument("--output", metavar="FILE.toml", default="calibrated.toml", help="default: calibrated.toml")
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
+    parser.add_argument("--quick", action="store_true", help="a few seconds instead of about half a minute, less sure")
+    parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
+    parser.set_defaults(handler=_calibrate)
+
+
+def _calibrate(parsed: argparse.Namespace) -> int:
+    from edgegt.calibrate import calibrate, findings_text
+
+    Log(parsed.json).say("measuring this machine, a few seconds" if parsed.quick else "measuring, about half a minute")
+    findings = calibrate(Path(parsed.output), parsed.force, parsed.quick)
+    if parsed.json:
+        _print_json(findings)
+    else:
+        print(findings_text(findings))
+    return 0
+
+
 def _add_cache(commands: Any, name: str) -> None:
     parser = commands.add_parser(name, help="list or clear the int8 models kept on disk", prog="edgegt cache")
     parser.add_argument("action", nargs="?", choices=("list", "clear"), default="list")
@@ -303,5 +325,5 @@ def _cache(parsed: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "run": _add_run, "plan": _add_plan, "devices": _add_devices, "report": _add_report, "eval": _add_eval,
-    "generate": _add_generate, "doctor": _add_doctor, "cache": _add_cache,
+    "generate": _add_generate, "doctor": _add_doctor, "calibrate": _add_calibrate, "cache": _add_cache,
 }  # fmt: skip

@@ -6,19 +6,24 @@ trained weight, and the same holds for what the operation keeps for it. So a tab
 weight, and a list of *paths*: FLOPs and bytes that are paid as soon as any one of a set of weights is trained.
 One multiply-accumulate is 2 FLOPs. The sets are bit masks: bit k stands for `weights[k]`.
 
+A layer (`Block`) may be recomputed: what it keeps for backward shrinks to its input, and its forward is paid again.
+
 Reference: PyTorch's autograd semantics; the full fine-tuning it is compared with is arXiv 2309.13192, section 3.1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Rows, tokens per row (padded), and positions per row that reach the head."""
+    """Rows, tokens per row (padded), and positions per row that reach the head.
+
+    Of an encoder-decoder, `tokens` are the encoder's and `kept` the decoder's, all of which reach the head.
+    """
 
     rows: int
     tokens: int
@@ -27,24 +32,80 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Work:
-    """A quantity (FLOPs or bytes) that is linear in rows, tokens, squared tokens and kept positions."""
+    """A quantity (FLOPs or bytes) that is linear in rows, tokens, squared tokens and kept positions.
+
+    cross and kept_pair (tokens times kept positions, squared kept positions) occur in encoder-decoders only.
+    """
 
     row: int = 0
     token: int = 0
     pair: int = 0
     kept: int = 0
+    cross: int = 0
+    kept_pair: int = 0
 
     def at(self, shape: BatchShape) -> int:
         """The quantity for one batch."""
-        per_row = self.row + self.token * shape.tokens + self.pair * shape.tokens**2 + self.kept * shape.kept
-        return shape.rows * per_row
+        return self.over(Totals.of([shape]))
+
+    def over(self, totals: Totals) -> int:
+        """The quantity summed over batches."""
+        return (
+            self.row * totals.row
+            + self.token * totals.token
+            + self.pair * totals.pair
+            + self.kept * totals.kept
+            + self.cross * totals.cross
+            + self.kept_pair * totals.kept_pair
+        )
 
     def total(self, shapes: Iterable[BatchShape]) -> int:
         """The quantity summed over batches."""
-        return sum(self.at(shape) for shape in shapes)
+        return self.over(Totals.of(shapes))
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.row + other.row, self.token + other.token, self.pair + other.pair, self.kept + other.kept)
+        return Work(
+            self.row + other.row,
+            self.token + other.token,
+            self.pair + other.pair,
+            self.kept + other.kept,
+            self.cross + other.cross,
+            self.kept_pair + other.kept_pair,
+        )
+
+    def parts(self) -> list[Work]:
+        """The six terms apart."""
+        return [Work(**{name: value}) for name, value in asdict(self).items()]
+
+    @property
+    def attention(self) -> Work:
+        """The part that grows with pairs of positions: the products of attention."""
+        return Work(pair=self.pair, cross=self.cross, kept_pair=self.kept_pair)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a linear quantity needs to know of any number of batches: the sums of its six variables."""
+
+    row: int
+    token: int
+    pair: int
+    kept: int
+    cross: int
+    kept_pair: int
+
+    @classmethod
+    def of(cls, shapes: Iterable[BatchShape]) -> Totals:
+        """The sums over these batches."""
+        row = token = pair = kept = cross = kept_pair = 0
+        for shape in shapes:
+            row += shape.rows
+            token += shape.rows * shape.tokens
+            pair += shape.rows * shape.tokens**2
+            kept += shape.rows * shape.kept
+            cross += shape.rows * shape.tokens * shape.kept
+            kept_pair += shape.rows * shape.kept**2
+        return cls(row, token, pair, kept, cross, kept_pair)
 
 
 @dataclass(frozen=True)
@@ -73,26 +134,54 @@ class Weight:
 
 @dataclass(frozen=True)
 class Path:
-    """FLOPs of gradients to inputs, and bytes kept for backward, paid once any of `weights` (bit mask) is trained."""
+    """FLOPs of gradients to inputs, and bytes kept for backward, paid once any of `weights` (bit mask) is trained.
+
+    block: the layer whose recomputation frees the bytes; -1 when none does (above the layers, or shared by several).
+    """
 
     weights: int
     flops: Work
     saved_bytes: Work
+    block: int = -1
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer, as recomputing it sees it.
+
+    forward: FLOPs to pay again; input_bytes: what is kept instead; weights (bit mask): those in or below it, any of
+    which makes it take part in backward.
+    """
+
+    forward: Work
+    input_bytes: Work
+    weights: int
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """The costs of one model. `forward` has the head on kept positions only, `head` is its share of it."""
+    """The costs of one model. `forward` has the head on kept positions only, `head` is its share of it.
+
+    layers: one entry per layer, in the order of `Weight.block` (an encoder's layers, then a decoder's).
+    encoder_decoder: whether the kept positions are the decoder's own, all of which reach the head.
+    """
 
     blocks: int
     weights: tuple[Weight, ...]
     paths: tuple[Path, ...]
+    layers: tuple[Block, ...]
     forward: Work
     head: Work
     parameters: int
     base_bytes: int
     float_bytes: int
     widest: Work = field(default_factory=Work)
+    encoder_decoder: bool = False
+
+    @property
+    def head_size(self) -> int:
+        """Rows of the head that can be trained: the vocabulary, or fewer after `with_head_rows`."""
+        return max(weight.shape[0] for weight in self.weights if weight.kind == "head")
 
     def mask(self, selected: Iterable[str]) -> int:
         """Bit mask of the weights with these names. Raises KeyError for a name that is not in the table."""
@@ -102,8 +191,22 @@ class CostTable:
             mask |= 1 << index[name]
         return mask
 
-    def train_work(self, mask: int) -> Work:
-        """FLOPs of forward and backward when the weights in `mask` are trained."""
+    def with_head_rows(self, rows: int) -> CostTable:
+        """The table when only this many rows of the head are trained.
+
+        Their part of the head's product runs once more forward and for the gradient to its input, since the frozen
+        rows stay one tensor: the head's `dw` counts all three.
+        """
+        weights = []
+        for weight in self.weights:
+            if weight.kind == "head":
+                product = Work(kept=2 * rows * weight.shape[1])
+                weight = replace(weight, shape=(rows, weight.shape[1]), dw=product + product + product)
+            weights.append(weight)
+        return replace(self, weights=tuple(weights))
+
+    def train_work(self, mask: int, recompute: Iterable[int] = ()) -> Work:
+        """FLOPs of forward and backward when the weights in `mask` are trained and these layers recomputed."""
         work = self.forward
         for path in self.paths:
             if path.weights & mask:
@@ -111,33 +214,51 @@ class CostTable:
         for bit, weight in enumerate(self.weights):
             if mask >> bit & 1:
                 work += weight.dw
+        for index in set(recompute):
+            if self.layers[index].weights & mask:
+                work += self.layers[index].forward
         return work
 
     def full_work(self) -> Work:
         """FLOPs of full fine-tuning as transformers runs it: forward and twice that, the head on every position."""
-        head_everywhere = Work(token=self.head.kept)
+        head_everywhere = self.head if self.encoder_decoder else Work(token=self.head.kept)
         forward = self.forward + Work(kept=-self.head.kept) + head_everywhere
         return forward + forward + forward
 
     def probe_work(self) -> Work:
-        """FLOPs of one importance batch: forward, recomputation of the layers, and every gradient."""
+        """FLOPs of one importance batch: forward, recomputation of the layers, every gradient, the head's logits again.
+
+        Where the head can be trained in some rows only, their logits alone are computed again.
+        """
         everything = (1 << len(self.weights)) - 1
         recomputed = self.forward + Work(kept=-self.head.kept)
-        return self.train_work(everything) + recomputed
+        again = sum(2 * weight.numel for weight in self.weights if weight.kind == "head")
+        return self.train_work(everything) + recomputed + Work(kept=again)
 
-    def saved_work(self, mask: int) -> Work:
-        """Bytes kept between forward and backward when the weights in `mask` are trained."""
+    def saved_work(self, mask: int, recompute: Iterable[int] = ()) -> Work:
+        """Bytes kept between forward and backward when the weights in `mask` are trained, these layers recomputed."""
+        work, again = Work(), set(recompute)
+        for path in self.paths:
+            if path.weights & mask and path.block not in again:
+                work += path.saved_bytes
+        for index in again:
+            if self.layers[index].weights & mask:
+                work += self.layers[index].input_bytes
+        return work
+
+    def layer_bytes(self, index: int, mask: int = -1) -> Work:
+        """Bytes that one layer keeps for backward when the weights in `mask` (all by default) are trained."""
         work = Work()
         for path in self.paths:
-            if path.weights & mask:
+            if path.block == index and path.weights & mask:
                 work += path.saved_bytes
         return work
 
     def to_json(self) -> dict[str, Any]:
         """A plain tree for costs.json; bit masks become hexadecimal text."""
         tree = asdict(self)
-        for path in tree["paths"]:
-            path["weights"] = hex(path["weights"])
+        for entry in (*tree["paths"], *tree["layers"]):
+            entry["weights"] = hex(entry["weights"])
         return tree
 
     @classmethod
@@ -149,7 +270,12 @@ class CostTable:
             for weight in tree["weights"]
         )
         fields["paths"] = tuple(
-            Path(int(path["weights"], 16), Work(**path["flops"]), Work(**path["saved_bytes"])) for path in tree["paths"]
+            Path(int(path["weights"], 16), Work(**path["flops"]), Work(**path["saved_bytes"]), path["block"])
+            for path in tree["paths"]
+        )
+        fields["layers"] = tuple(
+            Block(Work(**layer["forward"]), Work(**layer["input_bytes"]), int(layer["weights"], 16))
+            for layer in tree["layers"]
         )
         for key in ("forward", "head", "widest"):
             fields[key] = Work(**tree[key])

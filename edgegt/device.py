@@ -11,8 +11,8 @@ from typing import Any
 
 from edgegt.errors import InputError, nearest
 from edgegt.host import Host
-from edgegt.profile import Profile, load_profile, profile_names, profiles_dir
-from edgegt.units import GIB, format_bytes
+from edgegt.profile import TRAINING_RATES, Profile, load_profile, profile_names, profiles_dir
+from edgegt.units import GIB, format_bytes, format_duration
 
 JETSON_DEFAULT = "jetson-orin-nano-8gb"
 
@@ -159,6 +159,9 @@ def _numbers(profile: Profile) -> Iterator[tuple[str, str]]:
     yield "memory.bandwidth", _speed_text(profile.bandwidth_bytes_per_s)
     for key, rate in profile.rates_flops_per_s.items():
         yield f"rates.{key}", _rate_text(key, rate)
+    for key, field in TRAINING_RATES.items():
+        if field in profile.training_rates:
+            yield f"rates.{key}", training_rate_text(field, profile.training_rates[field])
     for mode in profile.power_modes:
         label = f"power.{mode.name}"
         yield f"{label}.watts", f"{mode.watts:g} W"
@@ -178,6 +181,17 @@ def _rate_text(number_format: str, rate: float | None, digits: int = 4) -> str:
         return "-"
     unit = "OPS" if number_format == "int8" else "FLOPS"
     return f"{rate / 1e12:.{digits}g} T{unit}" if rate >= 1e12 else f"{rate / 1e9:.{digits}g} G{unit}"
+
+
+def training_rate_text(field: str, rate: float) -> str:
+    """A field of `rates.Rates` as text with its unit."""
+    if field.endswith("_s"):
+        return format_duration(rate)
+    if field.endswith("_bytes"):
+        return _speed_text(float(f"{rate:.4g}"))
+    if field in ("logits", "optimizer"):
+        return f"{rate / 1e6:.4g} M/s"
+    return _rate_text("int8" if field.startswith("int8") else "float", rate, 3)
 
 
 def _speed_text(rate: float) -> str:

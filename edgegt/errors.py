@@ -27,12 +27,19 @@ class InputError(EdgegtError):
 
 
 class BudgetError(InputError):
-    """No plan fits the budget. `smallest_bytes` or `smallest_rho` is the least that would do."""
+    """No plan fits the budget. `smallest_bytes`, `smallest_rho` or `smallest_s` is the least that would do."""
 
-    def __init__(self, message: str, smallest_bytes: int | None = None, smallest_rho: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        smallest_bytes: int | None = None,
+        smallest_rho: float | None = None,
+        smallest_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
         self.smallest_rho = smallest_rho
+        self.smallest_s = smallest_s
 
 
 class Interrupted(EdgegtError):

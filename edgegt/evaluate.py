@@ -18,7 +18,8 @@ def held_out_loss(
 ) -> dict[str, Any]:
     """Mean loss per supervised token, its perplexity, and how many tokens and rows it is the mean of.
 
-    The perplexity of a loss of 50 and more is None, because JSON has no infinity.
+    The head works on chunks of positions, as in training. The perplexity of a loss of 50 and more is None, because JSON
+    has no infinity.
     """
     total, tokens = 0.0, 0
     ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.completion))

@@ -19,17 +19,20 @@ from edgegt.errors import BudgetError
 from edgegt.flops import FlopMeter, attach, register_attention
 from edgegt.folder import RunFolder
 from edgegt.log import Log
-from edgegt.memory import LIBRARY_BYTES, LOGIT_BYTES, slack_bytes, worst_shape
+from edgegt.memory import LIBRARY_BYTES, slack_bytes, worst_shape
 from edgegt.optimizer import AdamW, schedule
 from edgegt.patch import save_patch
 from edgegt.prepare import Setup
 from edgegt.source import fingerprint
-from edgegt.speed import of_profile
+from edgegt.rates import of_profile
 from edgegt.store import cache_dir
 from edgegt.train import Parts, Progress, Recipe, train_round
 from edgegt.trainee import interrupted, stopped_by_signals
 from edgegt.units import format_bytes
 from edgegt.version import __version__
+
+# Log-probabilities and two gradients of that size exist at the loss.
+_LOGIT_BYTES = 12
 
 
 class FloatTrainee:
@@ -54,6 +57,7 @@ class FloatTrainee:
         self.fingerprint = fingerprint(setup.source, cache_dir() / "fingerprints.json")
         self.progress = Progress()
         self.complete = False
+        self.after_s = 0.0
 
     def _check(self) -> None:
         """Raises: BudgetError when full fine-tuning does not fit even with one row at a time."""
@@ -92,7 +96,7 @@ class FloatTrainee:
         total = setup.schedule.steps
         recipe = Recipe(
             lambda done: schedule(options.schedule, setup.lr, done, total, options.warmup),
-            options.max_grad_norm, total, setup.flops, lambda shape: 0,
+            options.max_grad_norm, total, setup.flops, lambda shape: 0, deadline=setup.deadline(self.after_s),
         )  # fmt: skip
         parts = Parts(self.module, setup.device, parameters, step, lambda: None, self.meter, setup.watch)
         self.log.start_steps(total)
@@ -101,6 +105,8 @@ class FloatTrainee:
                         self.log.step)  # fmt: skip
         if self.progress.stop is not None:
             raise interrupted(self.progress, total, self.folder)
+        if self.progress.late:
+            self.log.fallback(f"the time budget ended training after step {self.progress.step} of {total}")
         self.complete = True
 
     def save(self, folder: RunFolder) -> None:
@@ -157,7 +163,7 @@ def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:
         "optimizer": 2 * table.float_bytes,
         "gradients": table.float_bytes if rows < setup.options.batch_size else 3 * 4 * largest_weight,
         "activations": kept.at(shape),
-        "logits": LOGIT_BYTES * shape.rows * shape.tokens * setup.need.vocabulary,
+        "logits": _LOGIT_BYTES * shape.rows * shape.tokens * setup.need.vocabulary,
         "transient": table.widest.at(shape),
     }
     terms["slack"] = slack_bytes(terms)

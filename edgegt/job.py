@@ -44,6 +44,11 @@ class Corpus:
         tokens = max(len(example.inputs) for example in rows)
         return BatchShape(1, tokens + 8, max(len(example.targets) for example in rows) + 4)
 
+    @property
+    def used_tokens(self) -> tuple[int, ...]:
+        """The ids that occur in the training rows, ascending: rows of the head that need a master."""
+        return tuple(sorted({token for example in self.train for token in (*example.inputs, *example.targets)}))
+
     def to_json(self) -> dict[str, Any]:
         """What became of every row of the data, for run.json."""
         dropped = dict(self.unread)
@@ -123,6 +128,11 @@ def _tokenised(
         name, form, tuple(examples), tuple(held_out[: options.eval_rows]), other, (report, held_report), unread,
         train[0].separator,
     )  # fmt: skip
+
+
+def head_forms(used: int, vocabulary: int) -> tuple[int | None, ...]:
+    """How much of the head may be trained: all of it, or the rows of `used` tokens where that is cheaper."""
+    return (None, used) if 3 * used < vocabulary else (None,)
 
 
 def make_schedule(options: RunOptions, train: tuple[Example, ...]) -> Schedule:

@@ -1,4 +1,8 @@
-"""The loss of a batch: cross-entropy summed over its supervised tokens, with the head on the kept positions only."""
+"""The loss of a batch: cross-entropy summed over its supervised tokens, with the head on the kept positions only.
+
+Of an int8 model the head runs on the supervised positions, chunk by chunk (`head`); a float model in full fine-tuning
+computes its own logits of all kept positions, as transformers does.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from edgegt.data import Batch
-
-IGNORED = -100
+from edgegt.data.batches import IGNORE
+from edgegt.head import base_model, head_loss
+from edgegt.quant import Int8Linear
 
 
 def supervised_loss(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -17,12 +22,23 @@ def supervised_loss(model: Any, batch: Batch, device: torch.device) -> torch.Ten
 
     Summing lets micro-batches of one step be normalised together by all tokens of the step.
     """
-    logits = model(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        position_ids=batch.position_ids.to(device),
-        logits_to_keep=batch.shape.kept,
-        use_cache=False,
-    ).logits
+    if isinstance(model.get_output_embeddings(), Int8Linear):
+        return head_loss(model, kept_hidden(model, batch, device), batch.labels)
+    logits = model(**_inputs(batch, device), logits_to_keep=batch.shape.kept).logits
     labels = batch.labels.to(device).reshape(-1)
-    return cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels, ignore_index=IGNORED, reduction="sum")
+    return cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels, ignore_index=IGNORE, reduction="sum")
+
+
+def kept_hidden(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
+    """What the head reads, [rows, kept, in]: the base model's output on the batch's last positions."""
+    hidden: torch.Tensor = base_model(model)(**_inputs(batch, device)).last_hidden_state
+    return hidden[:, batch.shape.tokens - batch.shape.kept :]
+
+
+def _inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
+    return {
+        "input_ids": batch.input_ids.to(device),
+        "attention_mask": batch.attention_mask.to(device),
+        "position_ids": batch.position_ids.to(device),
+        "use_cache": False,
+    }

@@ -1,17 +1,22 @@
-"""Peak memory of training, as named terms that are linear in the choice of tensors.
+"""Peak memory of training, as named terms that are linear in the choice of tensors and of recomputed layers.
+
+The peak is at the loss, where every layer's activations are held and the logits of one chunk of positions exist; or when
+backward begins, where the widest product runs and a gradient is formed; or when a recomputed layer has its turn, where
+what the layers above it kept is gone. All three are planned.
 
     floor        interpreter, libraries, tokenised data: what the process holds before the model
+    libraries    code, kernels and threads loaded on first use, after the floor was measured
     base         the int8 model with its scales, norms and biases (counted whole: mapped pages become resident)
-    masters      float32 masters of the trained tensors
+    masters      float masters of the trained tensors
     planes       their two int8 planes, from which their products are computed
-    optimizer    8-bit AdamW states (float32 below 4096 elements, as bitsandbytes keeps them)
-    gradients    all gradients when micro-batches are accumulated, otherwise the largest one (it is applied and freed)
+    optimizer    AdamW states
+    gradients    all of them when micro-batches are accumulated; and the largest one at its time (applied and freed)
     demoted      two planes of each tensor trained in an earlier round
-    activations  what backward keeps (from the cost table)
-    logits       the head's log-probabilities and two gradients of that size, on the kept positions, at the loss
-    transient    what the widest product of the layers needs beyond that, later in backward
-    libraries    code, kernels and threads loaded on first use, after the floor was measured (3 to 15 MiB were seen)
-    slack        allocator fragmentation and what the model does not name: 8 % of the tensors above, and 6 MiB
+    activations  what backward keeps (from the cost table), without what recomputed layers would have kept
+    recomputed   the largest recomputed layer, while its backward runs (nothing when the peak is at the loss)
+    logits       one chunk of supervised positions, and the head's gradient to its input (nothing when it is later)
+    transient    the widest product of the layers (nothing when the peak is at the loss)
+    slack        allocator fragmentation and what the model does not name: a share of the tensors above, and a constant
 
 Bytes everywhere. On a discrete GPU the same terms hold for device memory, with the floor of the CUDA context.
 """
@@ -19,129 +24,179 @@ Bytes everywhere. On a discrete GPU the same terms hold for device memory, with 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from edgegt.cost import BatchShape, CostTable, Weight, Work
+from edgegt.chunks import chunk_positions
+from edgegt.cost import BatchShape, CostTable, Weight
 from edgegt.units import MIB
 
-MASTER_BYTES = 4
 PLANE_BYTES = 2
 GRADIENT_BYTES = 4
-LOGIT_BYTES = 12
+LOGIT_BYTES = 9
+HIDDEN_BYTES = 13
 SMALL_TENSOR = 4096
 SLACK_SHARE = 0.08
 SLACK_BYTES = 6 * MIB
 LIBRARY_BYTES = 19 * MIB
+MASTER_BYTES = {"float32": 4, "bfloat16": 2}
+_UNNAMED = ("floor", "base", "libraries", "slack")
 
 
-def optimizer_bytes(weight: Weight, eight_bit: bool = True) -> int:
+@dataclass(frozen=True)
+class Formats:
+    """Number formats of what training adds: `master` is 'float32' or 'bfloat16', `states` 'float32' or '8-bit'.
+
+    states: the two AdamW moments of a trained tensor. Norms and biases keep float32 masters always.
+    """
+
+    master: str = "float32"
+    states: str = "8-bit"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What holds whatever is selected: the floor, and tensors trained in earlier rounds."""
+
+    floor_bytes: int
+    demoted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The batches and the manner of training that a peak is predicted for.
+
+    worst: a shape that needs as much memory as any micro-batch. accumulate: gradients live until the optimizer step.
+    """
+
+    worst: BatchShape
+    vocabulary: int
+    accumulate: bool
+    formats: Formats = field(default_factory=Formats)
+
+
+def master_bytes(weight: Weight, formats: Formats) -> int:
+    """Bytes of the master of one trained tensor; norms and biases have float32 ones."""
+    return (4 if weight.kind == "vector" else MASTER_BYTES[formats.master]) * weight.numel
+
+
+def optimizer_bytes(weight: Weight, formats: Formats) -> int:
     """Bytes of the two AdamW states of one trained tensor."""
-    if not eight_bit or weight.numel < SMALL_TENSOR:
+    if formats.states == "float32" or weight.numel < SMALL_TENSOR:
         return 8 * weight.numel
     return 2 * weight.numel + weight.numel // 32
 
 
 def plane_bytes(weight: Weight) -> int:
     """Bytes of the int8 planes of one trained or demoted tensor (none for a norm or bias)."""
-    return 0 if weight.kind == "vector" else PLANE_BYTES * weight.numel
+    return 0 if weight.kind == "vector" else PLANE_BYTES * weight.numel + 2 * weight.shape[0]
 
 
-def state_bytes(weight: Weight, accumulate: bool, eight_bit: bool = True) -> int:
+def state_bytes(weight: Weight, accumulate: bool, formats: Formats) -> int:
     """Bytes that training this tensor adds for as long as the round lasts."""
     gradient = GRADIENT_BYTES * weight.numel if accumulate else 0
-    return MASTER_BYTES * weight.numel + plane_bytes(weight) + optimizer_bytes(weight, eight_bit) + gradient
+    return master_bytes(weight, formats) + plane_bytes(weight) + optimizer_bytes(weight, formats) + gradient
 
 
-def fused_gradient_bytes(weight: Weight, freed_bytes: int = 0) -> int:
-    """Bytes while one gradient exists (it, and working copies of its optimizer step) beyond logits freed by then."""
-    return max(0, 2 * GRADIENT_BYTES * weight.numel - freed_bytes)
+def gradient_bytes(weight: Weight) -> int:
+    """Bytes of one gradient while it is formed; the head's exists at the loss, the others later."""
+    return GRADIENT_BYTES * weight.numel
 
 
-def freed_logit_bytes(table: CostTable, worst: BatchShape, vocabulary: int) -> int:
-    """Bytes of logits that are gone when the first gradient is formed and no product's transient has taken."""
-    return max(0, (LOGIT_BYTES - 4) * worst.rows * worst.kept * vocabulary - table.widest.at(worst))
+def logit_bytes(table: CostTable, shape: BatchShape, vocabulary: int) -> int:
+    """Bytes at the loss: one chunk of logits, and what the head reads and gives back on the kept positions."""
+    positions = shape.rows * shape.kept
+    return LOGIT_BYTES * vocabulary * chunk_positions(vocabulary, positions) + HIDDEN_BYTES * positions * _width(table)
 
 
 def worst_shape(table: CostTable, shapes: Iterable[BatchShape], micro_batch: int, vocabulary: int) -> BatchShape:
-    """A shape that needs as much memory as any micro-batch, whatever is selected, whatever gradient is the largest.
+    """A shape that needs as much memory as any micro-batch, whatever is selected.
 
-    It starts as the micro-batch that needs most with everything selected, and grows, term by term, by whichever
-    micro-batch some selection could make need more; a selection saves between nothing and everything of each kind.
+    It starts as the micro-batch that needs most with everything selected, and grows by whichever micro-batch some
+    selection could make need more; a selection saves between nothing and everything of each kind.
     """
     saved = table.saved_work((1 << len(table.weights)) - 1)
     micro = {BatchShape(min(micro_batch, shape.rows), shape.tokens, shape.kept) for shape in shapes}
+    parts = [part for part in saved.parts() if part.at(BatchShape(1, 1, 1))]
 
-    def ends(shape: BatchShape) -> tuple[int, int]:
-        """Bytes at the loss or later without a gradient, and later with one that outweighs the loss."""
-        logits = vocabulary * shape.rows * shape.kept
-        later = 4 * logits + table.widest.at(shape)
-        return max(LOGIT_BYTES * logits, later), later
+    def demands(shape: BatchShape) -> list[int]:
+        return [logit_bytes(table, shape, vocabulary), table.widest.at(shape), *(part.at(shape) for part in parts)]
 
-    def shortfall(worst: BatchShape, shape: BatchShape) -> int:
-        lacking = max(need - there for need, there in zip(ends(shape), ends(worst), strict=True))
-        for kind in ("row", "token", "pair", "kept"):
-            work = Work(**{kind: getattr(saved, kind)})
-            lacking += max(0, work.at(shape) - work.at(worst))
-        return lacking
-
-    worst = max(micro, key=lambda shape: (ends(shape)[0] + saved.at(shape), shape.kept))
+    known = {shape: demands(shape) for shape in micro}
+    worst = max(micro, key=lambda shape: (sum(known[shape]), shape.kept))
     while True:
-        short = max(micro, key=lambda shape: shortfall(worst, shape))
-        if shortfall(worst, short) <= 0:
+        there = demands(worst)
+
+        def shortfall(shape: BatchShape, there: list[int] = there) -> int:
+            return sum(max(0, need - have) for need, have in zip(known[shape], there, strict=True))
+
+        short = max(micro, key=shortfall)
+        if shortfall(short) == 0:
             return worst
         worst = BatchShape(max(worst.rows, short.rows), max(worst.tokens, short.tokens), max(worst.kept, short.kept))
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What holds whatever is selected: the floor, tensors trained in earlier rounds, whether states are 8-bit."""
-
-    floor_bytes: int
-    demoted: tuple[str, ...] = ()
-    eight_bit: bool = True
-
-
-def fixed_terms(table: CostTable, around: Surroundings, worst: BatchShape, vocabulary: int) -> dict[str, int]:
-    """The terms that no selection changes. One logit-sized gradient is still there when the layers' products run."""
-    logits = worst.rows * worst.kept * vocabulary
+def fixed_terms(table: CostTable, around: Surroundings, shape: BatchShape, vocabulary: int) -> dict[str, int]:
+    """The terms of a forward pass over this shape that keeps nothing: evaluation, and the base of everything else."""
+    logits, transient = logit_bytes(table, shape, vocabulary), table.widest.at(shape)
     return {
         "floor": around.floor_bytes,
         "libraries": LIBRARY_BYTES,
         "base": table.base_bytes,
-        "logits": LOGIT_BYTES * logits,
-        "transient": max(0, table.widest.at(worst) - (LOGIT_BYTES - 4) * logits),
+        "logits": logits if logits >= transient else 0,
+        "transient": transient if transient > logits else 0,
     }
 
 
 def slack_bytes(terms: dict[str, int]) -> int:
     """Allowance for fragmentation and unnamed buffers, from the other terms."""
-    named = sum(value for key, value in terms.items() if key not in ("floor", "base", "libraries", "slack"))
-    return int(SLACK_SHARE * named) + SLACK_BYTES
+    return int(SLACK_SHARE * sum(value for key, value in terms.items() if key not in _UNNAMED)) + SLACK_BYTES
 
 
 def peak_terms(
-    table: CostTable,
-    selected: Sequence[str],
-    around: Surroundings,
-    worst: BatchShape,
-    vocabulary: int,
-    accumulate: bool,
+    table: CostTable, selected: Sequence[str], recompute: Sequence[int], around: Surroundings, setting: Setting
 ) -> dict[str, int]:
     """Every named term of the peak for one selection; their sum is the predicted peak in bytes."""
-    mask = table.mask(selected)
+    mask, worst = table.mask(selected), setting.worst
     chosen = [weight for bit, weight in enumerate(table.weights) if mask >> bit & 1]
     demoted = table.mask(around.demoted) & ~mask
     resting = [weight for bit, weight in enumerate(table.weights) if demoted >> bit & 1]
-    terms = fixed_terms(table, around, worst, vocabulary)
-    terms["masters"] = sum(MASTER_BYTES * weight.numel for weight in chosen)
+    terms = fixed_terms(table, around, worst, setting.vocabulary)
+    terms["masters"] = sum(master_bytes(weight, setting.formats) for weight in chosen)
     terms["planes"] = sum(plane_bytes(weight) for weight in chosen)
-    terms["optimizer"] = sum(optimizer_bytes(weight, around.eight_bit) for weight in chosen)
-    if accumulate:
-        terms["gradients"] = sum(GRADIENT_BYTES * weight.numel for weight in chosen)
-    else:
-        freed = freed_logit_bytes(table, worst, vocabulary)
-        terms["gradients"] = max((fused_gradient_bytes(weight, freed) for weight in chosen), default=0)
+    terms["optimizer"] = sum(optimizer_bytes(weight, setting.formats) for weight in chosen)
     terms["demoted"] = sum(plane_bytes(weight) for weight in resting)
-    terms["activations"] = table.saved_work(mask).at(worst)
+    terms["gradients"] = GRADIENT_BYTES * sum(weight.numel for weight in chosen) if setting.accumulate else 0
+    phase = max(_phases(table, mask, chosen, recompute, setting), key=lambda phase: sum(phase.values()))
+    terms |= phase | {"gradients": terms["gradients"] + phase["gradients"]}
     terms["slack"] = slack_bytes(terms)
     return terms
+
+
+def _phases(
+    table: CostTable, mask: int, chosen: Sequence[Weight], recompute: Sequence[int], setting: Setting
+) -> list[dict[str, int]]:
+    """What is held at the loss, when backward begins, and in the backward of each recomputed layer."""
+    worst = setting.worst
+    kept = table.saved_work(mask, recompute).at(worst)
+    head = max((gradient_bytes(weight) for weight in chosen if weight.kind == "head"), default=0)
+    largest = max((gradient_bytes(weight) for weight in chosen if weight.kind != "head"), default=0)
+    logits, transient = logit_bytes(table, worst, setting.vocabulary), table.widest.at(worst)
+    later = {"logits": 0, "transient": transient, "gradients": largest}
+    phases = [
+        {"activations": kept, "logits": logits, "gradients": head, "recomputed": 0, "transient": 0},
+        {"activations": kept, "recomputed": 0, **later},
+    ]
+    gone, again = 0, set(recompute)
+    for index in reversed(range(table.blocks)):
+        if not table.layers[index].weights & mask:
+            break
+        if index in again:
+            whole = table.layer_bytes(index).at(worst)
+            phases.append({"activations": kept - gone, "recomputed": whole, **later})
+        else:
+            gone += table.layer_bytes(index, mask).at(worst)
+    return phases
+
+
+def _width(table: CostTable) -> int:
+    return max(weight.shape[1] for weight in table.weights if weight.kind == "head")

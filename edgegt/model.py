@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from edgegt.architecture import block_of, head_name, is_int8, is_linear, is_transposed, layers_of
 from edgegt.errors import InputError
 from edgegt.flops import FlopMeter, attach, register_attention
+from edgegt.head import verify_head
 from edgegt.quant import Backend, InputCache, Int8Embedding, Int8Linear, Int8Weight, dequantize
 from edgegt.source import Source, fingerprint
 from edgegt.store import BaseStore, Entry, base_store
@@ -42,17 +43,25 @@ class Int8Model:
     notes: list[str] = field(default_factory=list)
     _entries: dict[str, Entry] = field(default_factory=dict)
 
-    def original(self, name: str) -> torch.Tensor:
-        """The float32 tensor [out, in] of the pretrained model, from disk; from int8 if the source is gone."""
+    def original(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The float32 tensor [out, in] of the pretrained model, from disk; from int8 if the source is gone.
+
+        rows: only these rows of it; no more is ever held.
+        """
         entry = self._entries[name]
         try:
-            tensor: torch.Tensor = self.source.tensor(entry.stored_as).to(torch.float32)
-            return (tensor.t().contiguous() if entry.transposed else tensor.clone()).to(self.device)
+            tensor: torch.Tensor = self.source.tensor(entry.stored_as)
+            tensor = tensor.t() if entry.transposed else tensor
+            tensor = tensor if rows is None else tensor[rows.cpu()]
+            return tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True).to(self.device)
         except (OSError, KeyError) as error:
             line = f"the float weights of {name} could not be read ({error}): its master starts from int8"
             if line not in self.notes:
                 self.notes.append(line)
-            return dequantize(self.linears[name].weight)
+            weight = self.linears[name].weight
+            if rows is None:
+                return dequantize(weight)
+            return dequantize(Int8Weight(weight.q[rows], weight.scale[rows]))
 
 
 def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device: torch.device) -> Int8Model:
@@ -79,6 +88,7 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
         raise InputError(f"'{left[0]}' was not filled: the architecture {type(model).__name__} is not supported yet")
     model.to(device).eval().requires_grad_(False)
     attach(model, meter)
+    verify_head(model, linears[head])
     by_name = {entry.name: entry for entry in entries}
     if tied:
         by_name[head] = by_name[embedding]

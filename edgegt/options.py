@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from edgegt.errors import InputError, nearest
-from edgegt.units import parse_bytes
+from edgegt.profile import Profile
+from edgegt.rates import seconds_for_energy
+from edgegt.units import parse_bytes, parse_duration, parse_energy
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-STRATEGY_NAMES = ("greentrainer", "last-layers", "random", "full")
+STRATEGY_NAMES = ("greentrainer", "greentrainer-dp", "last-layers", "bias", "random", "full")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -38,6 +40,8 @@ class RunOptions:
     output: str | None = _option(None, "run folder to write (default: runs/<model>-<device>-<number>)")
     rho: float | None = _option(None, "FLOPs of the run as a fraction of full fine-tuning (default: the profile's)")
     memory: str | None = _option(None, "peak memory of the process, such as 4GiB (default: the profile's)")
+    time: str | None = _option(None, "time of the whole run, such as 20m; what is trained is chosen to fit (default: any)")
+    energy: str | None = _option(None, "energy of the whole run, such as 15Wh, at the watts of the profile (default: any)")
     strategy: str = _option("greentrainer", "how tensors are chosen", choices=STRATEGY_NAMES)
     epochs: float | None = _option(None, "passes over the data (default: 2; the household: 6)")
     steps: int | None = _option(None, "optimizer steps instead of epochs")
@@ -67,6 +71,18 @@ class RunOptions:
     def memory_bytes(self) -> int | None:
         """The memory budget in bytes, or None for the profile's."""
         return None if self.memory is None else parse_bytes(self.memory, "--memory")
+
+    @property
+    def measures_importance(self) -> bool:
+        """Whether the strategy chooses by importance, which must be measured."""
+        return self.strategy.startswith("greentrainer")
+
+    def seconds_of(self, profile: Profile) -> float | None:
+        """The time budget in seconds: --time, or what --energy allows at the profile's watts; the smaller of both."""
+        given = [] if self.time is None else [parse_duration(self.time, "--time")]
+        if self.energy is not None:
+            given.append(seconds_for_energy(profile, parse_energy(self.energy, "--energy")))
+        return min(given, default=None)
 
 
 _RANGES: dict[str, tuple[float, float, str]] = {
@@ -98,9 +114,11 @@ def _number_problems(options: RunOptions) -> list[str]:
             problems.append(f"{flag(name)} {value:g} is out of range: give {allowed}")
     if not 0 < options.eval_fraction < 1:
         problems.append(f"--eval-fraction {options.eval_fraction:g} is out of range: give a number between 0 and 1")
-    if options.memory is not None:
+    quantities = {"memory": parse_bytes, "time": parse_duration, "energy": parse_energy}
+    for name, parse in quantities.items():
         try:
-            parse_bytes(options.memory, "--memory")
+            if getattr(options, name) is not None:
+                parse(getattr(options, name), flag(name))
         except InputError as error:
             problems.append(str(error))
     return problems

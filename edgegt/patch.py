@@ -1,4 +1,8 @@
-"""The patch: trained tensors in full precision, and what identifies the base they belong to."""
+"""The patch: trained tensors in full precision, and what identifies the base they belong to.
+
+Of a linear of which only some output rows were trained it holds two tensors: '<name>', the values [R, in], and
+'<name>|rows', their sorted int64 index [R]. Such a patch has format 2, any other format 1, which older versions read.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,15 @@ if TYPE_CHECKING:
     from edgegt.model import Int8Model
     from edgegt.quant import Int8Embedding, Int8Linear
 
-FORMAT = "1"
+    Holder = Int8Linear | Int8Embedding | nn.Parameter
+
+FORMAT, ROWS_FORMAT = "1", "2"
+_ROWS = "|rows"
+
+
+def rows_name(name: str) -> str:
+    """The name of the tensor that says which output rows of `name` there are."""
+    return f"{name}{_ROWS}"
 
 
 def save_patch(
@@ -25,9 +37,11 @@ def save_patch(
 ) -> None:
     """Write the trained tensors (float32, by weight name) with the base's fingerprint, whole or not at all.
 
+    tensors: trained rows of a linear come as '<name>' [R, in] and '<name>|rows' int64 [R].
     separator: what stood between prompt and completion in training, so that the patch can be asked alike.
     """
-    about = {"format": FORMAT, "fingerprint": fingerprint, "model": model, "edgegt": version, "separator": separator}
+    kind = ROWS_FORMAT if any(name.endswith(_ROWS) for name in tensors) else FORMAT
+    about = {"format": kind, "fingerprint": fingerprint, "model": model, "edgegt": version, "separator": separator}
     write_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, about)
 
 
@@ -43,7 +57,7 @@ def read_patch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"patch '{path}' is damaged ({error}): take it from the run folder again") from error
-    if about.get("format") != FORMAT or "fingerprint" not in about:
+    if about.get("format") not in (FORMAT, ROWS_FORMAT) or "fingerprint" not in about:
         found = json.dumps(about)[:80]
         raise InputError(f"'{path}' is not an edgegt patch (metadata {found}): give a patch.safetensors")
     return tensors, about
@@ -53,7 +67,7 @@ def apply_patch(model: Int8Model, path: Path) -> dict[str, str]:
     """Put the trained tensors into the int8 model, as the two planes that training computed with; returns the metadata.
 
     An embedding that was trained whole goes to a tied head too, unless the patch has the head apart.
-    Raises: InputError when the patch belongs to another base; nothing is changed then.
+    Raises: InputError when the patch belongs to another base or does not fit it; nothing is changed then.
     """
     tensors, about = read_patch(path)
     if about["fingerprint"] != model.fingerprint:
@@ -62,25 +76,50 @@ def apply_patch(model: Int8Model, path: Path) -> dict[str, str]:
             f"{about['fingerprint'][:12]}) than '{model.source.name}' ({model.fingerprint[:12]}): give that base "
             "with --model"
         )
-    holders = {name: _holder(model, name) for name in tensors}
+    values = {name: tensor for name, tensor in tensors.items() if not name.endswith(_ROWS)}
+    for name in tensors.keys() - values.keys():
+        if name.removesuffix(_ROWS) not in values:
+            raise _unfit(path, f"has '{name}' without the values of these rows")
+    holders = {name: _fitting_holder(model, path, name, tensors) for name in values}
+    for name, value in values.items():
+        if not value.is_floating_point() or not all(bool(end.isfinite()) for end in value.aminmax()):
+            raise _unfit(path, f"has '{name}' as {value.dtype} with values that are not all finite floats")
     for name, holder in holders.items():
-        if holder is None:
-            raise InputError(f"patch '{path}' has '{name}', which '{model.source.name}' does not: give the right base")
-        shape, held = tuple(tensors[name].shape), _shape(holder)
-        if held != shape:
-            raise InputError(
-                f"patch '{path}' has '{name}' as {shape}, '{model.source.name}' as {held}: "
-                "take the patch from the run folder again"
-            )
-    for name, tensor in tensors.items():
-        _put(holders[name], tensor.to(model.device))
+        rows = tensors.get(rows_name(name))
+        _put(holder, values[name].to(model.device), None if rows is None else rows.to(model.device))
     embedding = model.module.get_input_embeddings()
     if model.tied and model.head not in tensors and any(holder is embedding for holder in holders.values()):
         model.linears[model.head].restore(embedding.weight)
     return about
 
 
-def _holder(model: Int8Model, name: str) -> Int8Linear | Int8Embedding | nn.Parameter | None:
+def _fitting_holder(model: Int8Model, path: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> Holder:
+    """What holds the tensor of this name. Raises: InputError when nothing does, or not in this shape."""
+    from edgegt.quant import Int8Linear, index_fault
+
+    holder = _holder(model, name)
+    if holder is None:
+        raise InputError(f"patch '{path}' has '{name}', which '{model.source.name}' does not: give the right base")
+    given, held = tuple(tensors[name].shape), _shape(holder)
+    rows = tensors.get(rows_name(name))
+    if rows is not None:
+        fault = index_fault(rows, held[0])
+        if not isinstance(holder, Int8Linear):
+            fault = "only the rows of a linear can be trained apart"
+        if fault:
+            raise _unfit(path, f"has rows of '{name}' that '{model.source.name}' cannot have ({fault})")
+        held = (len(rows), *held[1:])
+    if given != held:
+        which = f"as {held}" if rows is None else f"with these rows as {held}"
+        raise _unfit(path, f"has '{name}' as {given}, '{model.source.name}' {which}")
+    return holder
+
+
+def _unfit(path: Path, what: str) -> InputError:
+    return InputError(f"patch '{path}' {what}: take the patch from the run folder again")
+
+
+def _holder(model: Int8Model, name: str) -> Holder | None:
     """What holds the tensor of this name: an int8 layer, an int8 embedding, or a float parameter; None for nothing."""
     from torch import nn
 
@@ -99,18 +138,20 @@ def _holder(model: Int8Model, name: str) -> Int8Linear | Int8Embedding | nn.Para
     return found if isinstance(found, nn.Parameter) else None
 
 
-def _shape(holder: Int8Linear | Int8Embedding | nn.Parameter) -> tuple[int, ...]:
+def _shape(holder: Holder) -> tuple[int, ...]:
     from torch import nn
 
     return tuple(holder.shape if isinstance(holder, nn.Parameter) else holder.weight.shape)
 
 
-def _put(holder: Int8Linear | Int8Embedding | nn.Parameter | None, tensor: torch.Tensor) -> None:
-    from edgegt.quant import Int8Embedding, Int8Linear, split_planes
+def _put(holder: Holder, values: torch.Tensor, rows: torch.Tensor | None) -> None:
+    from edgegt.quant import Int8Embedding, Int8Linear, TrainedRows, split_planes
 
-    if isinstance(holder, Int8Linear):
-        holder.restore(split_planes(tensor))
+    if isinstance(holder, Int8Linear) and rows is not None:
+        holder.restore(holder.weight, TrainedRows.of(rows, values, holder.weight.shape))
+    elif isinstance(holder, Int8Linear):
+        holder.restore(split_planes(values))
     elif isinstance(holder, Int8Embedding):
-        holder.weight = split_planes(tensor)
-    elif holder is not None:
-        holder.data.copy_(tensor)
+        holder.weight = split_planes(values)
+    else:
+        holder.data.copy_(values)

@@ -1,73 +1,59 @@
-"""The joint planner: which weights to train, and in which micro-batch, so that FLOPs and memory both hold.
+"""The joint planner: which weights to train, which layers to recompute, and in which way, so that every budget holds.
 
-It turns a cost table, importances and two budgets into one integer case per micro-batch, lets a strategy choose, and
-checks the winner against the cost table before handing it over. Pure Python and SciPy: a saved costs.json is enough.
-One row of memory is exact here: with gradients fused into backward the peak is at the loss, and the largest single
-gradient is a sum of size steps, each paid once any weight at least as large is trained, which is what a path is.
+Each way to train (micro-batch, number formats, rows of the head) is one integer case. Ways are tried from the preferred
+one on; bounds tell which need no solving; the most preferred way within WAY_GAP of the best wins, and is checked against
+the cost table before it is handed over. Pure Python and SciPy: a saved costs.json is enough.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
-from edgegt.cost import BatchShape, CostTable, Work
+from edgegt.baselines import last_layers, published, random_order, vectors_only
+from edgegt.case import Case, bits
 from edgegt.errors import BudgetError, EdgegtError, InputError, nearest
-from edgegt.memory import (
-    LIBRARY_BYTES,
-    Surroundings,
-    fixed_terms,
-    freed_logit_bytes,
-    fused_gradient_bytes,
-    peak_terms,
-    plane_bytes,
-    slack_bytes,
-    state_bytes,
-    worst_shape,
-)
-from edgegt.strategies import STRATEGIES, Case, Choice, Strategy, bits, relaxed_bound
-from edgegt.units import GIB, MIB
+from edgegt.memory import LIBRARY_BYTES, Formats
+from edgegt.problem import FORMATS, Problem, Way, case_of
+from edgegt.solver import RELATIVE_GAP, Choice, joint, relaxed_bound
+from edgegt.units import GIB, MIB, format_duration
 
-__all__ = ["STRATEGIES", "Plan", "Problem", "Smallest", "plan", "smallest"]
+__all__ = ["FORMATS", "STRATEGIES", "Formats", "Plan", "Problem", "Smallest", "Way", "plan", "smallest"]
 
-WORTH_A_SMALLER_BATCH = 0.98
+Strategy = Callable[[Case, int, float], Choice]
+WAY_GAP = 2 * RELATIVE_GAP
 
-
-@dataclass(frozen=True)
-class Problem:
-    """What to plan: costs, importance per weight name (not above 0: never chosen), batches, and the two budgets.
-
-    shapes: every batch the plan will train on. flops: what these may cost. memory_bytes: peak of the whole process.
-    batch_size: rows of an optimizer step.
-    """
-
-    table: CostTable
-    values: Mapping[str, float]
-    shapes: tuple[BatchShape, ...]
-    flops: int
-    memory_bytes: int
-    around: Surroundings
-    vocabulary: int
-    batch_size: int
+_SIMPLER: dict[str, Callable[[Case, int], Choice]] = {
+    "greentrainer-dp": published,
+    "last-layers": last_layers,
+    "bias": vectors_only,
+    "random": random_order,
+}
+STRATEGIES = ("greentrainer", *_SIMPLER)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The weights to train (in table order), the micro-batch, and the predicted cost over the problem's batches.
+    """What is trained (in table order) and how, and the predicted cost over the problem's batches.
 
-    optimality_gap: at most this share of the bound is missing. flops_ratio: to full fine-tuning on the same batches.
-    memory: the named terms of peak_bytes.
+    recompute: layers whose forward runs again in backward. head_rows: rows of the head that are trained if it is, None
+    for all. optimality_gap: at most this share of the bound is missing. flops_ratio: to full fine-tuning on the same
+    batches. seconds: None without rates. memory: the named terms of peak_bytes.
     """
 
     strategy: str
     selected: tuple[str, ...]
+    recompute: tuple[int, ...]
     micro_batch: int
     accumulation: int
+    formats: Formats
+    head_rows: int | None
     value: float
     optimality_gap: float
     flops: int
     flops_ratio: float
+    seconds: float | None
     peak_bytes: int
     memory: dict[str, int]
     notes: tuple[str, ...]
@@ -75,16 +61,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Smallest:
-    """The least budgets that train anything: peak bytes (among weights that the FLOPs allow, if any), and FLOPs."""
+    """The least budgets that train anything: peak bytes (among weights that FLOPs and time allow, if any), FLOPs, seconds.
+
+    seconds: 0 without a time budget.
+    """
 
     memory_bytes: int
     rho_flops: int
     memory_weight: str
     flops_weight: str
+    seconds: float = 0.0
 
 
 def plan(problem: Problem, strategy: str = "greentrainer", seed: int = 0) -> Plan:
-    """The most valuable choice within both budgets; a smaller micro-batch only where it is worth 2 % or more.
+    """The most valuable choice within every budget.
 
     Raises: BudgetError when not even one weight fits, with the smallest budget that would do; InputError for an
     unknown strategy, no batches, or no weight with an importance above 0.
@@ -92,156 +82,185 @@ def plan(problem: Problem, strategy: str = "greentrainer", seed: int = 0) -> Pla
     if strategy not in STRATEGIES:
         known = ", ".join(STRATEGIES)
         raise InputError(f"unknown strategy '{strategy}'{nearest(strategy, STRATEGIES)}: choose one of {known}")
-    cases = {micro_batch: _case(problem, micro_batch) for micro_batch in _micro_batches(problem.batch_size)}
-    _refuse_infeasible(problem, cases)
-    affordable = {micro_batch: case.affordable() for micro_batch, case in cases.items()}
-    micro_batch, choice = _choose(affordable, STRATEGIES[strategy], seed)
-    return _checked(problem, strategy, micro_batch, choice)
+    cases = _Cases(problem, joint if strategy == "greentrainer" else _cut_down(_SIMPLER[strategy]), seed)
+    way, choice = _best(cases)
+    if not choice.mask:
+        _refuse(cases, strategy)
+    return _checked(problem, strategy, way, choice)
 
 
 def smallest(problem: Problem) -> Smallest:
-    """The least memory and the least FLOPs with which one weight can be trained on these batches.
+    """The least memory, the least FLOPs and the least time with which one weight can be trained on these batches.
 
     Raises: InputError when there are no batches or no weight has an importance above 0.
     """
-    return _smallest(problem, {size: _case(problem, size) for size in _micro_batches(problem.batch_size)})
+    return _smallest(_Cases(problem))
 
 
-def _micro_batches(batch_size: int) -> list[int]:
-    sizes = [batch_size]
-    while sizes[-1] > 1:
-        sizes.append(sizes[-1] // 2)
-    return sizes
+@dataclass
+class _Cases:
+    """The cases of a problem and what is known of them; each is made, bounded or solved when it is first asked for."""
+
+    problem: Problem
+    solve: Strategy = joint
+    seed: int = 0
+    made: dict[Way, Case] = field(default_factory=dict)
+    bounds: dict[Way, float] = field(default_factory=dict)
+    solved: dict[Way, Choice] = field(default_factory=dict)
+
+    def of(self, way: Way) -> Case:
+        if way not in self.made:
+            self.made[way] = case_of(self.problem, way)
+        return self.made[way]
+
+    def worth(self, way: Way, at_least: float = 0.0) -> float:
+        """What the choice of this way is worth; 0 when that is known to be less than `at_least`."""
+        known = self.solved.get(way)
+        if known is None or (not known.mask and way.worth * known.bound > at_least):
+            found = self._already(way, at_least) if at_least else None
+            self.solved[way] = found or self.solve(self.of(way).affordable(), self.seed, at_least / way.worth)
+        return way.worth * self.solved[way].value
+
+    def _already(self, way: Way, at_least: float) -> Choice | None:
+        """The choice of another way that fits this one too and is worth enough."""
+        for other, choice in self.solved.items():
+            enough = choice.mask and other.head_rows == way.head_rows and way.worth * choice.value >= at_least
+            if enough and (way.recompute or not choice.recompute):
+                if self.of(way).affordable().fits(choice.mask, choice.recompute):
+                    return replace(choice, bound=self.ceiling(way) / way.worth)
+        return None
+
+    def reaches(self, way: Way, target: float) -> bool:
+        """Whether this way has a choice that is worth `target`, asking first the ways that dominate it."""
+        for size in {way.micro_batch, 1 if way.micro_batch < self.problem.batch_size else way.micro_batch}:
+            frugal = replace(way, micro_batch=size, recompute=True)
+            if self.ceiling(frugal, target) < target or self.worth(frugal, target) < target:
+                return False
+        return self.ceiling(way, target) >= target and self.worth(way, target) >= target
+
+    def ceiling(self, way: Way, enough: float = 0.0) -> float:
+        """No choice of this way is worth more: by its own bound, or one of a way that needs no more of anything.
+
+        enough: where what is known already lies below this, the way's own bound is not computed.
+        """
+        others = [other for other in {*self.solved, *self.bounds} if self._dominates(other, way)]
+        known = min((self._bound(other) for other in others), default=float("inf"))
+        if way not in self.solved and way not in self.bounds and way.worth * known >= enough:
+            self.bounds[way] = relaxed_bound(self.of(way).affordable())
+            known = min(known, self.bounds[way])
+        return way.worth * known
+
+    def _bound(self, way: Way) -> float:
+        known = self.solved[way].bound if way in self.solved else float("inf")
+        return min(known, self.bounds.get(way, known))
+
+    def _dominates(self, other: Way, way: Way) -> bool:
+        """Whether every choice that fits `way` fits `other`."""
+        formats, whole = self.problem.formats, self.problem.batch_size
+        head = self.problem.table.head_size
+        fewer = other.head_rows is not None and 3 * other.head_rows <= (way.head_rows or head)
+        return (
+            (other.head_rows == way.head_rows or fewer)
+            and formats.index(other.formats) >= formats.index(way.formats)
+            and other.recompute >= way.recompute
+            and (other.micro_batch == way.micro_batch or other.micro_batch < way.micro_batch < whole)
+        )
 
 
-def _totaller(shapes: tuple[BatchShape, ...]) -> Callable[[Work], int]:
-    """A function that sums a quantity over all batches, with four products however many batches there are."""
-    rows = sum(shape.rows for shape in shapes)
-    tokens = sum(shape.rows * shape.tokens for shape in shapes)
-    pairs = sum(shape.rows * shape.tokens**2 for shape in shapes)
-    kept = sum(shape.rows * shape.kept for shape in shapes)
-    return lambda work: work.row * rows + work.token * tokens + work.pair * pairs + work.kept * kept
+def _cut_down(strategy: Callable[[Case, int], Choice]) -> Strategy:
+    """A strategy that knows no recomputation, as one that recomputes all layers in the ways that allow it."""
+
+    def solve(case: Case, seed: int, at_least: float) -> Choice:
+        plain = case.recomputing(case.every_layer).affordable()
+        if not plain.candidates:
+            return Choice(0, 0.0, 0.0)
+        found = strategy(plain, seed)
+        return replace(found, recompute=case.taking_part(found.mask, case.every_layer))
+
+    return solve
 
 
-def _case(problem: Problem, micro_batch: int) -> Case:
-    """The integer case of one micro-batch, with every weight of positive importance as a candidate."""
-    if not problem.shapes:
-        raise InputError("there is no batch to plan for: the data has no rows left; give more data or fewer --epochs")
-    table, accumulate = problem.table, micro_batch < problem.batch_size
-    values = tuple(float(problem.values.get(weight.name, 0.0)) for weight in table.weights)
-    candidates = tuple(bit for bit, value in enumerate(values) if value > 0 and math.isfinite(value))
-    if not candidates:
-        raise InputError("no weight has an importance above 0, so none is worth training: check the data and --lr")
-    total, worst = _totaller(problem.shapes), worst_shape(table, problem.shapes, micro_batch, problem.vocabulary)
-    demoted = set(problem.around.demoted)
-    resting = {weight.name: plane_bytes(weight) for weight in table.weights if weight.name in demoted}
-    flops = [total(weight.dw) for weight in table.weights]
-    eight_bit = problem.around.eight_bit
-    memory = [state_bytes(weight, accumulate, eight_bit) - resting.get(weight.name, 0) for weight in table.weights]
-    paths: dict[int, tuple[int, int]] = {}
-    shared = [(path.weights, total(path.flops), path.saved_bytes.at(worst)) for path in table.paths]
-    allowed = sum(1 << bit for bit in candidates)
-    freed = freed_logit_bytes(table, worst, problem.vocabulary)
-    for mask, path_flops, path_bytes in shared + ([] if accumulate else _gradient_steps(table, allowed, freed)):
-        mask &= allowed
-        if mask.bit_count() == 1:
-            flops[mask.bit_length() - 1] += path_flops
-            memory[mask.bit_length() - 1] += path_bytes
-        elif mask and (path_flops or path_bytes):
-            before = paths.get(mask, (0, 0))
-            paths[mask] = (before[0] + path_flops, before[1] + path_bytes)
-    fixed = fixed_terms(table, problem.around, worst, problem.vocabulary)
-    room = problem.memory_bytes - sum(fixed.pop(name) for name in ("floor", "libraries", "base"))
-    return Case(
-        values=values,
-        candidates=candidates,
-        flops=tuple(flops),
-        bytes=tuple(memory),
-        paths=tuple((mask, *cost) for mask, cost in paths.items()),
-        flops_left=problem.flops - total(table.forward),
-        bytes_left=_without_slack(room) - sum(fixed.values()) - sum(resting.values()),
-    )
+def _best(cases: _Cases) -> tuple[Way, Choice]:
+    """The most preferred way whose choice is within WAY_GAP of the best, by worth, and that choice.
 
-
-def _gradient_steps(table: CostTable, allowed: int, freed_bytes: int) -> list[tuple[int, int, int]]:
-    """The largest fused gradient as paths: each size step is paid once any weight at least that large is chosen."""
-    sizes = {bit: fused_gradient_bytes(table.weights[bit], freed_bytes) for bit in bits(allowed)}
-    steps, below = [], 0
-    for size in sorted(set(sizes.values())):
-        steps.append((sum(1 << bit for bit in sizes if sizes[bit] >= size), 0, size - below))
-        below = size
-    return steps
-
-
-def _without_slack(room_bytes: int) -> int:
-    """The most bytes that, together with their slack, fit into `room_bytes`."""
-
-    def need(named: int) -> int:
-        return named + slack_bytes({"named": named})
-
-    low, high = -1, max(room_bytes, 0)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if need(middle) <= room_bytes else (low, middle - 1)
-    return low
-
-
-def _choose(cases: dict[int, Case], strategy: Strategy, seed: int) -> tuple[int, Choice]:
-    """The largest micro-batch that reaches 98 % of the best value, and its choice.
-
-    Among micro-batches that accumulate, a smaller one only frees memory: so the least one is the best of them, a
-    larger one that holds its choice needs no solving, and one whose bound is too low is passed over.
+    Most ways are never solved: where the first reaches the ceiling nothing else is; otherwise those whose ceiling lies
+    above the best known, and then those preferred to it whose ceiling comes near it. The choice's bound covers all.
     """
-    (whole, first), *others = [(size, case) for size, case in cases.items() if case.candidates]
-    found = strategy(first, seed)
-    if not others or found.value >= WORTH_A_SMALLER_BATCH * relaxed_bound(others[-1][1]):
-        return whole, found
-    best = strategy(others[-1][1], seed)
-    enough = WORTH_A_SMALLER_BATCH * max(best.value, found.value)
-    if found.value >= enough:
-        return whole, found
-    for micro_batch, case in others[:-1]:
-        if case.fits(best.mask):
-            return micro_batch, best
-        if relaxed_bound(case) >= enough:
-            choice = strategy(case, seed)
-            if choice.value >= enough:
-                return micro_batch, choice
-    return others[-1][0], best
+    ways = cases.problem.ways()
+    chosen = ways[0]
+    frugal = _frugal(ways)
+    if not cases.worth(chosen) or cases.worth(chosen) < (1 - WAY_GAP) * max(map(cases.ceiling, frugal)):
+        for way in sorted(frugal, key=cases.ceiling, reverse=True) + [way for way in ways if way not in frugal]:
+            target = cases.worth(chosen) * (1 + WAY_GAP)
+            if cases.ceiling(way, target) > target and cases.worth(way, target) > target:
+                chosen = way
+        best = cases.worth(chosen)
+        target = (1 - WAY_GAP) * best
+        for way in ways[: ways.index(chosen)] if best else []:
+            if cases.reaches(way, target):
+                chosen = way
+                break
+    choice = cases.solved[chosen]
+    bound = max(choice.value, *(cases.ceiling(way) / chosen.worth for way in {*cases.solved, *cases.bounds}))
+    return chosen, replace(choice, bound=bound)
 
 
-def _smallest(problem: Problem, cases: dict[int, Case]) -> Smallest:
+def _frugal(ways: list[Way]) -> list[Way]:
+    """The ways that dominate all others of their kind of head: least formats, whole or least batches, recomputation."""
+    sizes, formats = {ways[0].micro_batch, ways[-1].micro_batch}, ways[-1].formats
+    return [way for way in ways if way.formats == formats and way.recompute and way.micro_batch in sizes]
+
+
+def _smallest(cases: _Cases) -> Smallest:
+    problem = cases.problem
     names = [weight.name for weight in problem.table.weights]
-    peaks, first = [], next(iter(cases.values()))
-    for micro_batch, case in cases.items():
+    peaks: list[tuple[int, str]] = []
+    cheapest: list[tuple[int, float, str]] = []
+    for way in _frugal(problem.ways()):
+        case = cases.of(way)
+        for recompute in (range(0), case.every_layer):
+            alone = case.alone(recompute)
+            allowed = [bit for bit in alone if _affordable(alone[bit], case.left)] or list(alone)
+            lightest = min(allowed, key=lambda bit: max(alone[bit][row] - case.left[row] for row in (1, 2, 3)))
+            again = case.taking_part(1 << lightest, recompute)
+            peaks.append((sum(problem.memory(way, 1 << lightest, again).values()), names[lightest]))
         alone = case.alone()
-        within = [bit for bit in alone if alone[bit][0] <= case.flops_left] or list(alone)
-        lightest = min(within, key=lambda bit: alone[bit][1])
-        peaks.append((sum(_terms(problem, [names[lightest]], micro_batch).values()), names[lightest]))
-    alone = first.alone()
-    cheapest = min(alone, key=lambda bit: alone[bit][0])
-    forward = problem.flops - first.flops_left
-    return Smallest(min(peaks)[0], forward + alone[cheapest][0], min(peaks)[1], names[cheapest])
+        least = min(alone, key=lambda bit: alone[bit][0])
+        forward = problem.flops - case.left[0]
+        seconds = 0.0
+        if problem.seconds is not None:
+            seconds = problem.seconds - (case.left[4] - min(costs[4] for costs in alone.values())) / 1e9
+        cheapest.append((forward + alone[least][0], seconds, names[least]))
+    flops, _, flops_weight = min(cheapest)
+    seconds = min(seconds for _, seconds, _ in cheapest)
+    return Smallest(min(peaks)[0], flops, min(peaks)[1], flops_weight, seconds)
 
 
-def _terms(problem: Problem, selected: Sequence[str], micro_batch: int) -> dict[str, int]:
-    table, accumulate = problem.table, micro_batch < problem.batch_size
-    worst = worst_shape(table, problem.shapes, micro_batch, problem.vocabulary)
-    return peak_terms(table, selected, problem.around, worst, problem.vocabulary, accumulate)
+def _affordable(costs: tuple[int, ...], left: tuple[int, ...]) -> bool:
+    """Whether the budgets other than memory allow it."""
+    return all(cost <= room for row, (cost, room) in enumerate(zip(costs, left, strict=True)) if row not in (1, 2, 3))
 
 
-def _refuse_infeasible(problem: Problem, cases: dict[int, Case]) -> None:
-    least = _smallest(problem, cases)
+def _refuse(cases: _Cases, strategy: str) -> None:
+    """Raises: BudgetError for the first budget that is too small; InputError when the strategy has no candidate."""
+    problem, least = cases.problem, _smallest(cases)
     if least.rho_flops > problem.flops:
-        full = problem.table.full_work().total(problem.shapes)
-        rho = _ratio_covering(least.rho_flops, full)
+        rho = _ratio_covering(least.rho_flops, problem.full_flops)
         raise BudgetError(
-            f"rho {problem.flops / full:.3g} is below the smallest reachable {rho:.3f} (the forward pass, and backward "
-            f"to {least.flops_weight}); give --rho {math.ceil(rho * 100) / 100:.2f} or more",
+            f"rho {problem.flops / problem.full_flops:.3g} is below the smallest reachable {rho:.3f} (the forward pass, "
+            f"and backward to {least.flops_weight}); give --rho {math.ceil(rho * 100) / 100:.2f} or more",
             smallest_rho=rho,
+        )
+    if problem.seconds is not None and least.seconds > problem.seconds:
+        needed = math.ceil(least.seconds)
+        raise BudgetError(
+            f"no weight can be trained within {format_duration(problem.seconds)}: the cheapest needs "
+            f"{format_duration(needed)}; give --time {needed}s or more, or fewer --steps or --epochs",
+            smallest_s=needed,
         )
     if least.memory_bytes > problem.memory_bytes:
         raise BudgetError(_memory_message(problem, least), smallest_bytes=least.memory_bytes)
+    raise InputError(f"--strategy {strategy} finds nothing to train within the budgets: take greentrainer")
 
 
 def _ratio_covering(flops: int, full: int) -> float:
@@ -260,7 +279,7 @@ def _memory_message(problem: Problem, least: Smallest) -> str:
     remedy = "take a smaller model" if model >= problem.memory_bytes else shorter
     return (
         f"no weight can be trained within {_rounded(problem.memory_bytes, math.floor)}: the cheapest, "
-        f"{least.memory_weight}, needs {needed} at micro-batch 1; {remedy}, or give --memory {needed.replace(' ', '')}"
+        f"{least.memory_weight}, needs {needed}; {remedy}, or give --memory {needed.replace(' ', '')}"
     )
 
 
@@ -269,29 +288,39 @@ def _rounded(count: int, direction: Callable[[float], int]) -> str:
     return f"{direction(count / GIB * 100) / 100:.2f} GiB" if count >= GIB else f"{direction(count / MIB)} MiB"
 
 
-def _checked(problem: Problem, strategy: str, micro_batch: int, choice: Choice) -> Plan:
+def _checked(problem: Problem, strategy: str, way: Way, choice: Choice) -> Plan:
     """The plan with its costs from the table itself. Raises EdgegtError should it break a budget."""
-    table = problem.table
-    selected = tuple(table.weights[bit].name for bit in bits(choice.mask))
-    memory = _terms(problem, selected, micro_batch)
-    flops, peak_bytes = table.train_work(choice.mask).total(problem.shapes), sum(memory.values())
-    if flops > problem.flops or peak_bytes > problem.memory_bytes or not selected:
+    selected = tuple(problem.table.weights[bit].name for bit in bits(choice.mask))
+    memory = problem.memory(way, choice.mask, choice.recompute)
+    flops = problem.spent_flops(way, choice.mask, choice.recompute)
+    seconds, peak_bytes = problem.spent_s(way, choice.mask, choice.recompute), sum(memory.values())
+    late = problem.seconds is not None and seconds is not None and seconds > problem.seconds * (1 + 1e-6)
+    if flops > problem.flops or peak_bytes > problem.memory_bytes or late or not selected:
         raise EdgegtError(
-            f"the {strategy} plan costs {flops} FLOPs of {problem.flops} and {peak_bytes} bytes of "
-            f"{problem.memory_bytes}: this is a fault of the planner; please report it with costs.json"
+            f"the {strategy} plan costs {flops} FLOPs of {problem.flops}, {peak_bytes} bytes of {problem.memory_bytes} "
+            f"and {seconds} s of {problem.seconds}: this is a fault of the planner; please report it with costs.json"
         )
     notes = list(choice.notes)
-    if micro_batch < problem.batch_size:
-        notes.append(f"micro-batches of {micro_batch} rows instead of {problem.batch_size}, to fit more into memory")
+    if way.micro_batch < problem.batch_size:
+        notes.append(f"micro-batches of {way.micro_batch} rows instead of {problem.batch_size}, to fit into memory")
+    if choice.recompute:
+        notes.append(f"{len(choice.recompute)} layers are recomputed in backward, to fit into memory")
+    if way.formats.master != "float32":
+        notes.append(f"masters are {way.formats.master} with stochastic rounding, to fit into memory")
+    head = any(problem.table.weights[bit].kind == "head" for bit in bits(choice.mask))
     return Plan(
         strategy=strategy,
         selected=selected,
-        micro_batch=micro_batch,
-        accumulation=-(-problem.batch_size // micro_batch),
+        recompute=choice.recompute,
+        micro_batch=way.micro_batch,
+        accumulation=-(-problem.batch_size // way.micro_batch),
+        formats=way.formats,
+        head_rows=way.head_rows if head else None,
         value=choice.value,
         optimality_gap=max(0.0, 1 - choice.value / choice.bound),
         flops=flops,
-        flops_ratio=flops / table.full_work().total(problem.shapes),
+        flops_ratio=flops / problem.full_flops,
+        seconds=seconds,
         peak_bytes=peak_bytes,
         memory=memory,
         notes=tuple(notes),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from edgegt.budget import Need, Probes, check_memory, flops_budget, plan_probes, rows_that_fit
+from edgegt.budget import Need, Probes, check_memory, check_time, flops_budget, plan_probes, rows_that_fit
+from edgegt.cost import CostTable
 from edgegt.device import Resolved
 from edgegt.host import Host, usable_cores
-from edgegt.job import Corpus, Schedule, make_schedule, memory_budget, model_name, read_corpus, resolve
+from edgegt.job import Corpus, Schedule, head_forms, make_schedule, memory_budget, model_name, read_corpus, resolve
 from edgegt.log import Log
 from edgegt.options import RunOptions
+from edgegt.planner import FORMATS
 from edgegt.process import trim
+from edgegt.rates import Rates
 from edgegt.source import Source, load_tokenizer, open_source, read_config
 from edgegt.store import cache_dir
 from edgegt.watch import MemoryWatch
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run works with. lr: peak learning rate."""
+    """What a run works with. lr: peak learning rate. seconds: of the whole run, from `started` (perf_counter) on."""
 
     options: RunOptions
     resolved: Resolved
@@ -45,6 +49,18 @@ class Setup:
     kernels: Choice
     device: torch.device
     watch: MemoryWatch
+    rates: Rates
+    started: float
+    seconds: float | None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What is left of the time budget, None without one."""
+        return None if self.seconds is None else self.seconds - (time.perf_counter() - self.started)
+
+    def deadline(self, after_s: float) -> float | None:
+        """When training must end, by time.perf_counter, so that `after_s` seconds are left; None without a budget."""
+        return None if self.seconds is None else self.started + self.seconds - after_s
 
     @property
     def pad_id(self) -> int:
@@ -64,7 +80,7 @@ class Setup:
 
 def prepare(options: RunOptions, log: Log) -> Setup:
     """Read, tokenise, trace and check. Raises: InputError or BudgetError for whatever would stop the run later."""
-    name = model_name(options)
+    started, name = time.perf_counter(), model_name(options)
     resolved, host = resolve(options)
     if resolved.notice:
         log.say(f"device: {resolved.notice}")
@@ -80,8 +96,14 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     kernels = choose_kernels(device, log)
     _use_everything_once(kernels, device)
     eight_bit = eight_bit_states(device, log)
+    rates = machine_rates(kernels, device, config, table, schedule, eight_bit)
     trim()
-    need = Need(table, watch.now(), int(config.get_text_config().vocab_size), corpus.longest_held_out, eight_bit)
+    vocabulary = int(config.get_text_config().vocab_size)
+    need = Need(
+        table, watch.now(), vocabulary, corpus.longest_held_out,
+        formats=tuple(formats for formats in FORMATS if eight_bit or formats.states == "float32"),
+        head_rows=head_forms(len(corpus.used_tokens), vocabulary), rates=rates,
+    )  # fmt: skip
     memory_bytes, less = memory_budget(options, resolved, host)
     if less:
         log.fallback(less)
@@ -89,16 +111,20 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     if options.strategy == "full":
         probes, flops = Probes(0, 0), table.full_work().total(schedule.shapes)
     else:
-        probing = options.strategy == "greentrainer"
+        probing = options.measures_importance
         probes = plan_probes(options, schedule, rho, need, memory_bytes) if probing else Probes(0, 0)
         flops = flops_budget(rho, options, need, schedule, probes)
         check_memory(memory_bytes, options, need, schedule)
-    return Setup(
+    setup = Setup(
         options=options, resolved=resolved, host=host, source=source, config=config, tokenizer=tokenizer,
         corpus=corpus, schedule=schedule, need=need, probes=probes, rho=rho, flops=flops,
         full_flops=table.full_work().total(schedule.shapes), memory_bytes=memory_bytes,
-        lr=options.lr or default_lr(config), kernels=kernels, device=device, watch=watch,
+        lr=options.lr or default_lr(config), kernels=kernels, device=device, watch=watch, rates=rates,
+        started=started, seconds=options.seconds_of(resolved.profile),
     )  # fmt: skip
+    if options.strategy != "full":
+        check_time(setup.seconds_left, options, need, schedule, probes)
+    return setup
 
 
 def default_lr(config: Any) -> float:
@@ -143,6 +169,22 @@ def eight_bit_states(device: torch.device, log: Log) -> bool:
     return reason is None
 
 
+def machine_rates(
+    kernels: Choice, device: torch.device, config: Any, table: CostTable, schedule: Schedule, eight_bit: bool
+) -> Rates:
+    """Rates of this machine, measured at the model's width and the batches' size."""
+    from edgegt.architecture import text_config
+    from edgegt.speed import of_machine
+
+    width = max(weight.shape[1] for weight in table.weights if weight.kind == "head")
+    typical = sorted(schedule.shapes, key=lambda shape: shape.rows * shape.tokens)[len(schedule.shapes) // 2]
+    heads = getattr(text_config(config), "num_attention_heads", None) or max(1, width // 64)
+    return of_machine(
+        kernels.backend, device, width, typical.rows * typical.tokens, eight_bit,
+        head_size=max(8, width // heads), length=typical.tokens,
+    )  # fmt: skip
+
+
 def _use_everything_once(kernels: Choice, device: torch.device) -> None:
     """Load what libraries load on first use (a solve, a product and its gradient), so that the floor has it in it."""
     import numpy
@@ -150,7 +192,7 @@ def _use_everything_once(kernels: Choice, device: torch.device) -> None:
     from scipy.optimize import milp
 
     from edgegt.quant import InputCache, Int8Linear, quantize_rows
-    from edgegt.strategies import quiet_stdout
+    from edgegt.solver import quiet_stdout
 
     for name in ("safetensors.torch", "torch.utils.checkpoint", "transformers.generation"):
         import_module(name)

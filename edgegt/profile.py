@@ -3,6 +3,7 @@
 A profile decides what a run may use, so a typing error in it must not pass: units are part of the values
 ('8 GiB', '68 GB/s', '20 TOPS', '15 W', '85 C'), unknown keys are refused, and every number needs its source under
 [sources]. `[rates]` are dense peaks as printed; a power mode's `rate_scale` says what is left of them in that mode.
+A profile with `calibrated = true` was written by `edgegt calibrate`: its rates were reached, and it has more of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,30 @@ _UNITS: dict[str, dict[str, float]] = {
     "float rate": {"TFLOPS": 1e12, "GFLOPS": 1e9},
     "power": {"W": 1.0},
     "temperature": {"C": 1.0},
+    "element rate": {"M/s": 1e6, "G/s": 1e9},
+    "duration": {"us": 1e-6, "ms": 1e-3},
 }
 # What each key holds; '?' marks a key that may be left out. Keys of [sources] are the dotted names of the numbers.
 _TABLES: dict[str, dict[str, str]] = {
-    "device": {"name": "text", "title": "text", "kind": "kind", "unified": "truth",
+    "device": {"name": "text", "title": "text", "kind": "kind", "unified": "truth", "calibrated": "truth?",
                "compute_capability": "text?", "jetpack": "text?", "notes": "text?"},
     "match": {"device_tree": "texts?", "cuda": "texts?", "cpu": "texts?"},
     "memory": {"total": "size", "reserved": "size", "bandwidth": "bandwidth"},
-    "rates": {"int8": "int8 rate?", "bf16": "float rate?", "fp16": "float rate?", "fp32": "float rate"},
+    "rates": {"int8": "int8 rate?", "bf16": "float rate?", "fp16": "float rate?", "fp32": "float rate",
+              "int8_back": "int8 rate?", "dw": "float rate?", "attention": "float rate?",
+              "forward_bytes": "bandwidth?", "backward_bytes": "bandwidth?", "logits": "element rate?",
+              "optimizer": "element rate?", "dispatch": "duration?", "update": "duration?"},
     "power": {"name": "text", "watts": "power", "default": "truth?", "rate_scale": "scale?",
               "bandwidth": "bandwidth?"},
     "storage": {"cache": "size", "read": "bandwidth"},
     "budget": {"rho": "share", "memory": "size"},
     "thermal": {"ceiling": "temperature"},
 }  # fmt: skip
+# Rates of training that only a calibrated profile has, and the fields of `rates.Rates` that they are.
+_FORMATS = ("int8", "bf16", "fp16", "fp32")
+TRAINING_RATES = {"int8_back": "int8_back", "dw": "dw", "attention": "attention", "forward_bytes": "forward_bytes",
+                   "backward_bytes": "backward_bytes", "logits": "logits", "optimizer": "optimizer",
+                   "dispatch": "dispatch_s", "update": "update_s"}  # fmt: skip
 _STANDS_IN = {"int8": ("fp16", "fp32"), "fp16": ("fp32",), "bf16": ("fp32",), "fp32": ()}
 
 
@@ -62,7 +73,10 @@ class PowerMode:
 
 @dataclass(frozen=True)
 class Profile:
-    """A device. `rates_flops_per_s` are dense peaks as printed; `rate()` is what the power mode leaves of them."""
+    """A device. `rates_flops_per_s` are dense peaks as printed; `rate()` is what the power mode leaves of them.
+
+    calibrated: its rates were measured here, and reached. training_rates: further ones, by field of `rates.Rates`.
+    """
 
     name: str
     title: str
@@ -84,6 +98,8 @@ class Profile:
     match: dict[str, tuple[str, ...]]
     sources: dict[str, str]
     path: Path
+    calibrated: bool = False
+    training_rates: dict[str, float] = field(default_factory=dict)
 
     @property
     def power(self) -> PowerMode:
@@ -125,7 +141,7 @@ def load_profile(path: Path) -> Profile:
         memory_bytes=int(values["memory.total"]),
         reserved_bytes=int(values["memory.reserved"]),
         bandwidth_bytes_per_s=values["memory.bandwidth"],
-        rates_flops_per_s={key: values[f"rates.{key}"] for key in _TABLES["rates"] if f"rates.{key}" in values},
+        rates_flops_per_s={key: values[f"rates.{key}"] for key in _FORMATS if f"rates.{key}" in values},
         power_modes=modes,
         cache_bytes=int(values["storage.cache"]),
         storage_bytes_per_s=values["storage.read"],
@@ -135,6 +151,10 @@ def load_profile(path: Path) -> Profile:
         match={key: values.get(f"match.{key}", ()) for key in _TABLES["match"]},
         sources=sources,
         path=path,
+        calibrated=bool(values.get("device.calibrated", False)),
+        training_rates={
+            field_name: values[f"rates.{key}"] for key, field_name in TRAINING_RATES.items() if f"rates.{key}" in values
+        },
     )
 
 

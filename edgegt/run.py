@@ -21,6 +21,11 @@ from edgegt.process import share_the_machine, terminated_is_interrupted, trim
 from edgegt.version import __version__
 
 
+# Of a time budget, what the evaluation after training may take more than the one before it, and saving and the report.
+EVALUATION_MARGIN = 1.2
+SAVING_S = 4.0
+
+
 @dataclass
 class Outcome:
     """What run.json says, gathered while the run goes on."""
@@ -31,6 +36,7 @@ class Outcome:
     predicted_step_s: float = 0.0
     device_step_s: float = 0.0
     memory_terms: dict[str, int] = field(default_factory=dict)
+    measured_terms: dict[str, int] = field(default_factory=dict)
 
 
 def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
@@ -49,7 +55,9 @@ def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
         folder = new_folder(options.output, setup.source.name, setup.resolved.profile.name)
         log.say(f"run folder: {folder.path}")
         _record_inputs(setup, folder)
+        began = time.perf_counter()
         before = evaluate(setup, trainee, log, "before")
+        trainee.after_s = EVALUATION_MARGIN * (time.perf_counter() - began) + SAVING_S
         folder.write("eval.json", {"before": before.numbers, "examples": []})
         try:
             trainee.train(folder, outcome)
@@ -172,11 +180,13 @@ def _record_run(setup: Setup, folder: RunFolder, log: Log, trainee: Any, outcome
                   "architecture": (setup.config.architectures or ["?"])[0], "fingerprint": trainee.fingerprint,
                   "directory": str(setup.source.directory.resolve())},
         "data": setup.corpus.to_json(),
-        "budget": {"rho": setup.rho, "flops": setup.flops, "memory_bytes": setup.memory_bytes},
+        "budget": {"rho": setup.rho, "flops": setup.flops, "memory_bytes": setup.memory_bytes,
+                   "seconds": setup.seconds},
         "predicted": {"flops_ratio": outcome.predicted_flops / setup.full_flops, "flops": outcome.predicted_flops,
                       "peak_bytes": outcome.predicted_peak, "step_s": outcome.predicted_step_s,
                       "device_step_s": outcome.device_step_s, "floor_bytes": setup.need.floor_bytes},
-        "measured": measured, "full_flops": setup.full_flops, "memory_terms": outcome.memory_terms, "lr": setup.lr,
+        "measured": measured, "full_flops": setup.full_flops, "memory_terms": outcome.memory_terms,
+        "measured_terms": outcome.measured_terms, "lr": setup.lr,
         "backend": trainee.backend, "threads": _threads(), "fallbacks": list(log.fallbacks),
         "power": {"watts": profile.power.watts, "mode": profile.power.name, "source": "profile"},
         "finished": trainee.complete,

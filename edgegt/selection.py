@@ -1,8 +1,8 @@
-"""Which tensors are trained now: promotion to a float32 master, the step, and demotion with nothing lost.
+"""Which tensors are trained now: promotion to a float master, the step, and demotion with nothing lost.
 
 A promoted linear computes with two int8 planes (16 bits) of its master. When it is demoted its master and optimizer
 states go to disk and the planes stay, so the model computes bit for bit what it did. Selected again, it continues from
-that master and those states.
+that master and those states. Of the head, some rows may be trained alone; they are one tensor [rows, in] then.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from torch import nn
 
 from edgegt.errors import EdgegtError
 from edgegt.folder import write_tensors
+from edgegt.memory import Formats
 from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW, Moments
+from edgegt.patch import rows_name
+
+MASTER, ROWS = "master", "rows"
+_MASTERS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Trainables:
@@ -29,6 +34,18 @@ class Trainables:
         self.parked = parked
         self.live: dict[str, nn.Parameter] = {}
         self.resting: dict[str, Path] = {}
+        self.formats = Formats(states="8-bit" if optimizer.eight_bit else "float32")
+        self.head_rows: torch.Tensor | None = None
+
+    def configure(self, formats: Formats, head_rows: torch.Tensor | None = None) -> None:
+        """Choose number formats, and the rows of the head (sorted int64 [R]) that are trained when it is selected.
+
+        head_rows: None for all of them. Raises: RuntimeError once something was selected.
+        """
+        if self.live or self.resting:
+            raise RuntimeError("tensors were selected already: choose formats before the first selection")
+        self.formats, self.head_rows = formats, head_rows
+        self.optimizer.eight_bit = formats.states == "8-bit"
 
     def select(self, names: Iterable[str]) -> None:
         """Make exactly these tensors trainable. Raises: KeyError for a name that cannot be trained."""
@@ -46,10 +63,23 @@ class Trainables:
             self.model.linears[name].refresh()
 
     def masters(self) -> dict[str, torch.Tensor]:
-        """Every tensor trained so far, float32 on the CPU: live ones from memory, resting ones from disk."""
-        found = {name: self._read(path)["master"] for name, path in self.resting.items()}
-        found |= {name: parameter.detach().cpu() for name, parameter in self.live.items()}
-        return dict(sorted(found.items()))
+        """Every tensor trained so far, float32 on the CPU: live ones from memory, resting ones from disk.
+
+        With a head of which only rows were trained comes '<name>|rows', their int64 index (see `patch`).
+        """
+        found: dict[str, torch.Tensor] = {}
+        for name in sorted({*self.resting, *self.live}):
+            kept = self._read(self.resting[name]) if name in self.resting else self._kept(name)
+            found[name] = kept[MASTER].to("cpu", torch.float32)
+            if ROWS in kept:
+                found[rows_name(name)] = kept[ROWS].cpu()
+        return found
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """What continues the live tensor `name`, on the CPU: 'master', 'rows' of a head, and optimizer states."""
+        state = self.optimizer.states.get(name)
+        found = self._kept(name) | (state.tensors() if state else {})
+        return {key: value.cpu().contiguous() for key, value in found.items()}
 
     def release(self) -> None:
         """End training: drop masters and optimizer states, and keep the function as it is."""
@@ -63,25 +93,45 @@ class Trainables:
 
     def _promote(self, name: str) -> None:
         resting = self.resting.pop(name, None)
-        saved = self._read(resting) if resting else None
+        saved = {key: value.to(self.model.device) for key, value in self._read(resting).items()} if resting else {}
         if name in self.model.linears:
-            master = saved["master"].to(self.model.device) if saved else self.model.original(name)
-            self.model.linears[name].promote(master)
-            parameter = self.model.linears[name].master
-            assert parameter is not None
+            parameter = self._promote_linear(name, saved)
         else:
             parameter = self.model.vectors[name]
             parameter.requires_grad_(True)
         self.live[name] = parameter
-        if saved and "first" in saved:
-            states = {key: value.to(self.model.device) for key, value in saved.items() if key != "master"}
-            self.optimizer.states[name] = Moments.from_tensors(states)
+        if "first" in saved:
+            self.optimizer.states[name] = Moments.from_tensors(saved)
+
+    def _promote_linear(self, name: str, saved: dict[str, torch.Tensor]) -> nn.Parameter:
+        linear = self.model.linears[name]
+        rows = saved.get(ROWS) if saved else self._rows_of(name)
+        if saved:
+            master = saved[MASTER]
+        else:
+            master = self.model.original(name, rows).to(_MASTERS[self.formats.master])
+        if rows is None:
+            linear.promote(master)
+        else:
+            linear.promote_rows(master, rows)
+        assert linear.master is not None
+        return linear.master
+
+    def _rows_of(self, name: str) -> torch.Tensor | None:
+        if name != self.model.head or self.head_rows is None:
+            return None
+        return self.head_rows.to(self.model.device)
+
+    def _kept(self, name: str) -> dict[str, torch.Tensor]:
+        """The master of a live tensor, and its rows if it has some only."""
+        kept = {MASTER: self.live[name].detach()}
+        linear = self.model.linears.get(name)
+        return kept if linear is None or linear.rows is None else kept | {ROWS: linear.rows.index}
 
     def _demote(self, name: str) -> None:
+        tensors = self.tensors(name)
         parameter = self.live.pop(name)
-        state = self.optimizer.states.pop(name, None)
-        tensors = {"master": parameter.detach().cpu().contiguous()}
-        tensors |= {key: value.cpu().contiguous() for key, value in (state.tensors() if state else {}).items()}
+        self.optimizer.states.pop(name, None)
         assert self.parked is not None
         path = self.parked / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
         write_tensors(path, tensors, {"name": name})

@@ -77,15 +77,32 @@ def _from_hub(model: str, fetch: Callable[[], str]) -> Path:
         raise InputError(f"model '{model}' could not be fetched ({why}): give a local folder instead") from error
 
 
-def read_config(model: str) -> Any:
+def read_config(model: str, *, for_run: bool = True) -> Any:
     """The transformers config of a model directory, a hub id, or a path to a config.json alone.
 
+    for_run: refuse what can be planned but not trained: encoder-decoders, and language models inside larger ones.
     Raises: InputError for a missing or malformed config, or an architecture that transformers does not know.
     """
+    config_file = _config_file(model)
+    config = _parsed(config_file)
+    kind = config.model_type
+    if for_run and getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{config_file}: '{kind}' is an encoder-decoder, which edgegt plans but does not train yet: "
+            "give a decoder-only model"
+        )
+    if for_run and getattr(config, "text_config", None) is not None:
+        raise InputError(
+            f"{config_file}: '{kind}' holds its language model among others, which edgegt plans but does not train "
+            "yet: give a text-only model"
+        )
+    return config
+
+
+def _parsed(config_file: Path) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    config_file = _config_file(model)
     try:
         tree = json.loads(config_file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -94,7 +111,7 @@ def read_config(model: str) -> Any:
         raise InputError(f"{config_file}: not a JSON object: fetch the model again")
     try:
         kind = tree.pop("model_type")
-        config = AutoConfig.for_model(kind, **tree)
+        return AutoConfig.for_model(kind, **tree)
     except StrictDataclassError as error:
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{config_file}: {said}: correct the file or fetch the model again") from error
@@ -105,9 +122,6 @@ def read_config(model: str) -> Any:
             f"{config_file}: architecture '{named[0]}' is unknown to this version of transformers: "
             "give a decoder-only model with a known model_type, or update transformers"
         ) from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{config_file}: '{config.model_type}' is an encoder-decoder: give a decoder-only model")
-    return config
 
 
 def _config_file(model: str) -> Path:

@@ -1,9 +1,9 @@
 """From a model's config to its cost table: one traced forward, without weights and without knowing the family.
 
-The float model is built on fake tensors (shapes and no data), run once for each of four shapes, and its autograd graph
-is read: a node depends on the weights below it, which says when each gradient is computed and each saved tensor is
-kept. Weights that save one and the same input tensor form a stage. Four shapes are enough to solve for the
-coefficients of rows, tokens, squared tokens and kept positions, so that the table holds for every batch.
+The float model is built on fake tensors (shapes and no data), run once for each of a few shapes, and its autograd graph
+is read (`graph`). Four shapes are enough to solve for the coefficients of rows, tokens, squared tokens and kept
+positions, six for those of an encoder-decoder, so that the table holds for every batch. One more, with more rows, tells
+what is there once for all rows; it is counted for each. Two rows are the fewest: one row hides copies of shared heads.
 
 Attention is counted as two products forward and two for each of them backward, whichever kernel runs (the convention
 of transformers' eager attention and of FlopCounterMode on it).
@@ -12,63 +12,57 @@ of transformers' eager attention and of FlopCounterMode on it).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edgegt.architecture import block_of, head_name, is_int8, layers_of
-from edgegt.cost import BatchShape, CostTable, Path, Weight, Work
+from edgegt.architecture import block_in, head_name, is_encoder_decoder, is_int8, stacks_of, text_config
+from edgegt.cost import BatchShape, Block, CostTable, Path, Weight, Work
 from edgegt.errors import InputError
+from edgegt.graph import NO_LAYER, Reading, candidates, noting_layers, read_graph
 
-_SHAPES = (BatchShape(1, 16, 8), BatchShape(1, 32, 8), BatchShape(1, 48, 8), BatchShape(1, 16, 12))
+_MORE_ROWS = BatchShape(4, 16, 8)
+_SHAPES = (BatchShape(2, 16, 8), BatchShape(2, 32, 8), BatchShape(2, 48, 8), BatchShape(2, 16, 12))
+_CROSS_SHAPES = (BatchShape(2, 16, 16), BatchShape(2, 32, 12))
 _SCALE_BYTES = 2
 _TOKEN_SCALE_BYTES = 4
-_READ_OPERAND = {"MmBackward0": "_saved_self", "AddmmBackward0": "_saved_mat1", "LinearBackward0": "_saved_input"}
-
-
-@dataclass
-class _Reading:
-    """What one traced forward says; the lists have the same order for every shape."""
-
-    forward: int = 0
-    head: int = 0
-    dw: dict[str, int] = field(default_factory=dict)
-    stages: dict[str, int] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
-    paths: list[tuple[int, int]] = field(default_factory=list)
-    saved: list[tuple[int, int]] = field(default_factory=list)
 
 
 def trace(config: Any, dtype: torch.dtype = torch.float32) -> CostTable:
-    """The cost table of the causal language model that `config` describes.
+    """The cost table of the language model that `config` describes: decoder-only, or an encoder-decoder.
 
     Raises: InputError when the architecture is unknown to transformers or has weights that no path explains.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = _build(config, dtype)
-        readings = [_read(model, shape) for shape in _SHAPES]
-        return _table(model, config, readings)
+        model, tied = _build(text_config(config), dtype)
+        shapes = (*_SHAPES, *_CROSS_SHAPES) if is_encoder_decoder(model.config) else _SHAPES
+        readings = [_read(model, shape) for shape in (_MORE_ROWS, *shapes)]
+        return _table(model, tied, readings)
 
 
-def _build(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
+    """The model with a head of its own, and whether its head was the embedding."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = copy.deepcopy(config)
-    config.tie_word_embeddings = False
+    auto, form = (AutoModelForCausalLM, "a causal language model")
+    if is_encoder_decoder(config):
+        auto, form = (AutoModelForSeq2SeqLM, "an encoder-decoder")
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = auto.from_config(copy.deepcopy(config), dtype=dtype)
     except (ValueError, KeyError, AttributeError) as error:
         kind = getattr(config, "model_type", "?")
         raise InputError(
-            f"architecture '{kind}' cannot be built as a causal language model ({str(error).splitlines()[0][:120]}): "
+            f"architecture '{kind}' cannot be built as {form} ({str(error).splitlines()[0][:120]}): "
             "give a decoder-only model that this version of transformers knows"
         ) from error
+    head = model.get_submodule(head_name(model).rpartition(".")[0])
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tied = any(module.weight is head.weight for module in embeddings)
+    if tied:
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.ndim <= 2)
     for module in embeddings:
@@ -79,167 +73,82 @@ def _build(config: Any, dtype: torch.dtype) -> Any:
             f"'{experts[0]}' has {model.get_parameter(experts[0]).ndim} dimensions: mixtures of experts and "
             "convolutions are not supported; give a dense decoder-only model"
         )
-    return model.eval()
+    return model.eval(), tied
 
 
-def _read(model: Any, shape: BatchShape) -> _Reading:
+def _read(model: Any, shape: BatchShape) -> Reading:
     ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[:, 0] = 0
-    keep = {"logits_to_keep": shape.kept}
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
+    if is_encoder_decoder(model.config):
+        inputs: dict[str, Any] = {"decoder_input_ids": torch.zeros(shape.rows, shape.kept, dtype=torch.long)}
+    else:
+        inputs = {"logits_to_keep": shape.kept}
+    layers = [layer for name, _ in stacks_of(model) for layer in model.get_submodule(name)]
+    with noting_layers(layers) as spans:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
     if logits.shape[1] != shape.kept:
         raise InputError(f"{type(model).__name__} does not know logits_to_keep: this architecture is not supported yet")
-    return _Reader(model).read(logits)
+    return read_graph(model, logits, spans)
 
 
-class _Reader:
-    """Walks one autograd graph from the leaves up and collects FLOPs and saved bytes with the weights they wait for."""
-
-    def __init__(self, model: Any) -> None:
-        self.names = {id(p): name for name, p in model.named_parameters()}
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.bits = {name: 1 << bit for bit, name in enumerate(candidates(model))}
-        self.head = head_name(model)
-        held = [*model.parameters(), *model.buffers()]
-        self.permanent = {tensor.untyped_storage()._cdata for tensor in held}
-        self.deps: dict[Any, int] = {}
-        self.leaf: dict[Any, str] = {}
-        self.saved: dict[int, tuple[int, int]] = {}
-        self.inputs: dict[int, int] = {}
-        self.out = _Reading()
-
-    def read(self, logits: torch.Tensor) -> _Reading:
-        for node in _leaves_first(logits.grad_fn):
-            self._visit(node)
-        self.out.saved = list(self.saved.values())
-        return self.out
-
-    def _visit(self, node: Any) -> None:
-        kind = node.name()
-        below = [fn for fn, _ in node.next_functions]
-        if kind.endswith("AccumulateGrad"):
-            name = self.names[id(node.variable)]
-            self.deps[node], self.leaf[node] = self.bits.get(name, 0), name
-            return
-        masks = [self.deps[fn] if fn is not None else 0 for fn in below]
-        union = 0
-        for mask in masks:
-            union |= mask
-        self.deps[node] = union
-        if kind in ("TBackward0", "TransposeBackward0", "PermuteBackward0") and below[0] in self.leaf:
-            self.leaf[node] = self.leaf[below[0]]
-        if kind in ("MmBackward0", "AddmmBackward0", "BmmBackward0", "LinearBackward0"):
-            self._product(node, kind, below, masks)
-        elif kind.startswith("ScaledDotProduct"):
-            self._attention(node, masks, union)
-        elif kind == "MulBackward0":
-            self._keep(node, {"_saved_self": masks[1], "_saved_other": masks[0]})
-        else:
-            self._keep(node, {name: union for name in dir(node) if name.startswith("_saved_")})
-
-    def _product(self, node: Any, kind: str, below: list[Any], masks: list[int]) -> None:
-        left, right = (1, 2) if kind == "AddmmBackward0" else (0, 1)
-        out_shape = tuple(node._input_metadata[0].shape)
-        weight = self.leaf.get(below[right])
-        if weight is None:
-            flops = 2 * prod(out_shape) * node._saved_self.shape[-1]
-            self.out.forward += flops
-            self.out.paths += [(masks[left], flops), (masks[right], flops)]
-            self._keep(node, {"_saved_self": masks[right], "_saved_mat2": masks[left]})
-            return
-        read = getattr(node, _READ_OPERAND[kind])
-        flops = 2 * prod(out_shape) * read.shape[-1]
-        self.out.forward += flops
-        if weight == self.head:
-            self.out.head += flops
-        self.out.dw[weight] = flops
-        self.out.rows[weight] = prod(out_shape[:-1])
-        self.out.paths.append((masks[left], flops))
-        key = read.untyped_storage()._cdata
-        self.out.stages[weight] = self.inputs.setdefault(key, len(self.inputs))
-
-    def _attention(self, node: Any, masks: list[int], union: int) -> None:
-        query, key = node._saved_query.shape, node._saved_key.shape
-        flops = 2 * prod(query[:-1]) * key[-2] * query[-1]
-        self.out.forward += 2 * flops
-        q, k, v = masks[:3]
-        self.out.paths += [(q, flops), (k, flops), (q | k, flops), (v, flops)]
-        self._keep(node, {name: union for name in dir(node) if name.startswith("_saved_")})
-
-    def _keep(self, node: Any, attributes: dict[str, int]) -> None:
-        for name, mask in attributes.items():
-            value = getattr(node, name, None)
-            for tensor in value if isinstance(value, (tuple, list)) else [value]:
-                if isinstance(tensor, torch.Tensor) and mask:
-                    storage = tensor.untyped_storage()
-                    if storage._cdata not in self.permanent:
-                        before = self.saved.get(storage._cdata, (0, 0))[0]
-                        self.saved[storage._cdata] = (before | mask, storage.nbytes())
-
-
-def candidates(model: Any) -> list[str]:
-    """Names of the weights that can be chosen: linears, the head, norms and biases; in the order of the parameters."""
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _leaves_first(root: Any) -> Iterator[Any]:
-    done: set[Any] = set()
-    stack: list[tuple[Any, bool]] = [(root, False)]
-    while stack:
-        node, expanded = stack.pop()
-        if node is None or node in done:
-            continue
-        if expanded:
-            done.add(node)
-            yield node
-        else:
-            stack.append((node, True))
-            stack.extend((fn, False) for fn, _ in reversed(node.next_functions))
-
-
-def _solve(values: list[int]) -> Work:
-    """Coefficients of row, token, squared token and kept position from the values at the four shapes."""
-    at_16, at_32, at_48, more_kept = values
-    kept = (more_kept - at_16) // 4
+def _solve(values: Sequence[int]) -> Work:
+    """Coefficients per row from the values with more rows and at the shapes; two more are of an encoder-decoder."""
+    more_rows, *measured = values
+    per_row = [value // 2 for value in measured] if more_rows == 2 * measured[0] else measured
+    at_16, at_32, at_48, more_kept, *crossed = per_row
+    cross = kept_pair = 0
+    if crossed:
+        most_kept, more_both = crossed
+        kept_pair = (most_kept - 2 * more_kept + at_16) // 32
+        cross = (more_both - at_32 - more_kept + at_16) // 64
+    kept = (more_kept - at_16 - kept_pair * 80 - cross * 64) // 4
     pair = (at_48 - 2 * at_32 + at_16) // 512
-    token = (at_32 - at_16 - pair * 768) // 16
-    return Work(row=at_16 - token * 16 - pair * 256 - kept * 8, token=token, pair=pair, kept=kept)
+    token = (at_32 - at_16 - pair * 768 - cross * 128) // 16
+    row = at_16 - token * 16 - pair * 256 - kept * 8 - cross * 128 - kept_pair * 64
+    return Work(row, token, pair, kept, cross, kept_pair)
 
 
-def _table(model: Any, config: Any, readings: list[_Reading]) -> CostTable:
+def _table(model: Any, tied: bool, readings: list[Reading]) -> CostTable:
     first = readings[0]
-    layers, blocks = layers_of(model)
-    head = head_name(model)
-    names = candidates(model)
-    weights = tuple(_weight(model, name, readings, layers, blocks, head) for name in names)
+    head, stacks = head_name(model), stacks_of(model)
+    weights = tuple(_weight(model, name, readings, stacks, head) for name in candidates(model))
     unseen = [w.name for w in weights if w.kind != "vector" and w.name not in first.dw]
     if unseen:
         raise InputError(
             f"'{unseen[0]}' is used in a way that the trace does not follow: architecture not supported yet"
         )
+    blocks = len(first.layers)
+    flops = [_solve(column) for column in zip(*([flops for _, flops in r.paths] for r in readings), strict=True)]
+    saved = [_solve(column) for column in zip(*([size for _, _, size in r.saved] for r in readings), strict=True)]
     paths = _merge(
-        [(mask, _solve([r.paths[i][1] for r in readings]), Work()) for i, (mask, _) in enumerate(first.paths)]
-        + [(mask, Work(), _solve([r.saved[i][1] for r in readings])) for i, (mask, _) in enumerate(first.saved)]
-        + _stage_inputs(weights)
+        [(mask, NO_LAYER, work, Work()) for (mask, _), work in zip(first.paths, flops, strict=True)]
+        + [(mask, layer, Work(), work) for (mask, layer, _), work in zip(first.saved, saved, strict=True)]
+        + _stage_inputs(weights, blocks)
     )
-    parameters = dict(model.named_parameters())
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    counted = {name: p for name, p in parameters.items() if not (tied and name == head)}
+    counted = {name: p for name, p in model.named_parameters() if not (tied and name == head)}
     return CostTable(
         blocks=blocks,
         weights=weights,
         paths=paths,
+        layers=tuple(_layer(readings, index) for index in range(blocks)),
         forward=_solve([r.forward for r in readings]),
         head=_solve([r.head for r in readings]),
         parameters=sum(p.numel() for p in counted.values()),
         base_bytes=_base_bytes(model, counted),
         float_bytes=sum(4 * p.numel() for p in counted.values()),
-        widest=Work(token=max(_transient(w) for w in weights if w.kind == "linear")),
+        widest=_widest(weights),
+        encoder_decoder=is_encoder_decoder(model.config),
     )
 
 
-def _weight(model: Any, name: str, readings: list[_Reading], layers: str, blocks: int, head: str) -> Weight:
+def _layer(readings: list[Reading], index: int) -> Block:
+    forward = _solve([reading.layers[index].forward for reading in readings])
+    inputs = zip(*(reading.layers[index].inputs for reading in readings), strict=True)
+    return Block(forward, sum(map(_solve, inputs), Work()), readings[0].layers[index].weights)
+
+
+def _weight(model: Any, name: str, readings: list[Reading], stacks: Sequence[tuple[str, int]], head: str) -> Weight:
     shape = tuple(model.get_parameter(name).shape)
     module = model.get_submodule(name.rpartition(".")[0])
     if type(module).__name__ == "Conv1D" and len(shape) == 2:
@@ -248,29 +157,39 @@ def _weight(model: Any, name: str, readings: list[_Reading], layers: str, blocks
     kind = "head" if name == head else "linear" if linear else "vector"
     stage = readings[0].stages.get(name, -1)
     dw = _solve([reading.dw[name] for reading in readings]) if name in readings[0].dw else Work()
-    return Weight(name, kind, block_of(name, layers, blocks, head), shape, stage, dw)
+    return Weight(name, kind, block_in(name, stacks, head), shape, stage, dw)
 
 
-def _stage_inputs(weights: tuple[Weight, ...]) -> list[tuple[int, Work, Work]]:
-    """A trained linear keeps its input in int8, once per stage, with one float32 scale per token."""
+def _stage_inputs(weights: tuple[Weight, ...], blocks: int) -> list[tuple[int, int, Work, Work]]:
+    """A trained linear keeps its input in int8, once per stage, with one float32 scale per position."""
     stages: dict[int, int] = {}
-    width: dict[int, Work] = {}
+    inputs: dict[int, tuple[int, Work]] = {}
     for bit, weight in enumerate(weights):
         if weight.kind != "vector":
             stages[weight.stage] = stages.get(weight.stage, 0) | 1 << bit
             size = weight.shape[1] + _TOKEN_SCALE_BYTES
-            width[weight.stage] = Work(kept=size) if weight.kind == "head" else Work(token=size)
-    return [(mask, Work(), width[stage]) for stage, mask in stages.items()]
+            layer = weight.block if weight.block < blocks else NO_LAYER
+            inputs[weight.stage] = layer, Work(kept=size) if weight.dw.kept else Work(token=size)
+    return [(mask, inputs[stage][0], Work(), inputs[stage][1]) for stage, mask in stages.items()]
 
 
-def _merge(terms: list[tuple[int, Work, Work]]) -> tuple[Path, ...]:
-    """One path per distinct set of weights; terms that wait for no weight cost nothing."""
-    merged: dict[int, tuple[Work, Work]] = {}
-    for mask, flops, saved in terms:
+def _merge(terms: list[tuple[int, int, Work, Work]]) -> tuple[Path, ...]:
+    """One path per distinct set of weights and layer; terms that wait for no weight cost nothing."""
+    merged: dict[tuple[int, int], tuple[Work, Work]] = {}
+    for mask, layer, flops, saved in terms:
         if mask:
-            before = merged.get(mask, (Work(), Work()))
-            merged[mask] = (before[0] + flops, before[1] + saved)
-    return tuple(Path(mask, flops, saved) for mask, (flops, saved) in merged.items())
+            before = merged.get((mask, layer), (Work(), Work()))
+            merged[mask, layer] = (before[0] + flops, before[1] + saved)
+    return tuple(Path(mask, flops, saved, layer) for (mask, layer), (flops, saved) in merged.items())
+
+
+def _widest(weights: tuple[Weight, ...]) -> Work:
+    """Bytes that the widest product of the layers needs, over the tokens and, in a decoder, over the kept positions."""
+    linears = [weight for weight in weights if weight.kind == "linear"]
+    return Work(
+        token=max((_transient(weight) for weight in linears if weight.dw.token), default=0),
+        kept=max((_transient(weight) for weight in linears if weight.dw.kept), default=0),
+    )
 
 
 def _base_bytes(model: Any, counted: dict[str, Any]) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from edgegt.cost import BatchShape
 from edgegt.data import Batch, split_micro
@@ -34,7 +35,8 @@ TRIM_EVERY = 16
 class Recipe:
     """How a run steps. lr: learning rate of step 0, 1, ...; max_grad_norm: per tensor when applied within backward.
 
-    flops: what the whole run may spend; cost: FLOPs of a step on a batch of some shape.
+    flops: what the whole run may spend; cost: FLOPs of a step on a batch of some shape. kept: bytes that a micro-batch
+    of some shape keeps for backward. deadline: by time.perf_counter, no step begins that would likely end later.
     """
 
     lr: Callable[[int], float]
@@ -42,15 +44,23 @@ class Recipe:
     steps: int
     flops: int
     cost: Callable[[BatchShape], int]
+    kept: Callable[[BatchShape], int] = lambda shape: 0
+    deadline: float | None = None
 
 
 @dataclass
 class Progress:
-    """Where a run is. train_s: seconds of training alone; stop: the signal that asked to stop, if any."""
+    """Where a run is. train_s: seconds of training alone; stop: the signal that asked to stop, if any.
+
+    late: the deadline was reached. kept_bytes: measured bytes that autograd kept for the largest micro-batch so far.
+    """
 
     step: int = 0
     train_s: float = 0.0
     stop: int | None = None
+    late: bool = False
+    kept_bytes: int = 0
+    kept_predicted: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,10 @@ def train_round(
     with metrics.open("a", encoding="utf-8") as file, _applied_in_backward(parts, recipe, progress, fused):
         for epoch, batch in batches:
             if progress.stop is not None:
+                return
+            typical = progress.train_s / progress.step if progress.step else 0.0
+            if recipe.deadline is not None and time.perf_counter() + typical > recipe.deadline:
+                progress.late = True
                 return
             if parts.meter.total + recipe.cost(batch.shape) > recipe.flops:
                 raise EdgegtError(
@@ -107,7 +121,8 @@ def train_round(
 def _step(parts: Parts, recipe: Recipe, batch: Batch, micro_batch: int, progress: Progress, fused: bool) -> float:
     total = 0.0
     for part in split_micro(batch, micro_batch):
-        loss = supervised_loss(parts.module, part, parts.device) / batch.supervised
+        with _kept_measured(parts, recipe, part.shape, progress):
+            loss = supervised_loss(parts.module, part, parts.device) / batch.supervised
         total += float(loss.detach())
         if not math.isfinite(total):
             raise EdgegtError(
@@ -123,6 +138,28 @@ def _step(parts: Parts, recipe: Recipe, batch: Batch, micro_batch: int, progress
             parts.parameters[name].grad = None
     parts.after_step()
     return total
+
+
+@contextmanager
+def _kept_measured(parts: Parts, recipe: Recipe, shape: BatchShape, progress: Progress) -> Iterator[None]:
+    """Measure what autograd keeps, where more is predicted than for any micro-batch before."""
+    predicted = recipe.kept(shape)
+    if predicted <= progress.kept_predicted:
+        yield
+        return
+    progress.kept_predicted = predicted
+    stay = {tensor.untyped_storage().data_ptr() for tensor in parts.module.parameters()}
+    found: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in stay:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        yield
+    progress.kept_bytes = sum(found.values())
 
 
 @contextmanager

@@ -5,33 +5,42 @@ from __future__ import annotations
 import random
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any
 
-from edgegt.budget import fitting_probe_rows, largest
+import torch
+
+from edgegt.budget import fitting_probe_rows, largest, probe_seconds
 from edgegt.checkpoint import Position, save_checkpoint
+from edgegt.cost import Totals
 from edgegt.data import collate
-from edgegt.errors import InputError, Interrupted
+from edgegt.errors import BudgetError, InputError, Interrupted
 from edgegt.folder import RunFolder
 from edgegt.importance import importance
 from edgegt.log import Log
-from edgegt.memory import plane_bytes, state_bytes
+from edgegt.memory import Formats, plane_bytes, state_bytes
 from edgegt.model import load_int8
 from edgegt.optimizer import AdamW, schedule
 from edgegt.patch import save_patch
 from edgegt.planner import Plan, Problem, plan
 from edgegt.prepare import Setup
 from edgegt.process import trim
+from edgegt.quant import Int8Embedding, Int8Linear
+from edgegt.rates import Rates, of_profile
+from edgegt.recompute import recomputed
 from edgegt.selection import Trainables
-from edgegt.speed import Speed, of_machine, of_profile
 from edgegt.store import cache_dir
 from edgegt.train import Parts, Progress, Recipe, train_round
 from edgegt.units import format_bytes
 from edgegt.value import values_of
 from edgegt.version import __version__
+
+# Predicted steps were 0.77 to 1.27 times the measured ones; before the first step is measured the cautious end counts.
+FIRST_GUESS = 1.3
 
 
 class Int8Trainee:
@@ -42,9 +51,15 @@ class Int8Trainee:
         self.model = load_int8(setup.config, setup.source, cache_dir(), setup.kernels.backend, setup.device)
         self.module, self.meter, self.fingerprint = self.model.module, self.model.meter, self.model.fingerprint
         self.backend = setup.kernels.backend.name
-        optimizer = AdamW(setup.need.eight_bit, setup.options.weight_decay)
+        optimizer = AdamW(False, setup.options.weight_decay, seed=setup.options.seed)
         self.trainables = Trainables(self.model, optimizer)
         self.progress = Progress()
+        self.formats: tuple[Formats, ...] = setup.need.formats
+        self.head_rows = setup.need.head_rows
+        self.slowness = FIRST_GUESS
+        self.after_s = 0.0
+        self.terms: dict[str, int] = {}
+        self._base_bytes = self._planes_of_base()
         self.complete = False
         self.probe_flops = 0
         self._probe_work = self._probe_peak = 0
@@ -53,24 +68,32 @@ class Int8Trainee:
         """All rounds. Raises: Interrupted after the step in which a signal came."""
         setup = self.setup
         self.folder, self.trainables.parked = folder, folder.parked
-        speeds = self._speed(), of_profile(setup.resolved.profile)
+        speeds = setup.rates, of_profile(setup.resolved.profile)
         first = 0
         self.log.start_steps(setup.schedule.steps)
         with stopped_by_signals(self.progress):
             for index, steps in enumerate(setup.schedule.rounds):
                 values = self._importance(index)
                 chosen = self._plan(index, first, values)
-                self._record_plan(index, first, steps, chosen, values, speeds[0])
+                if index == 0:
+                    self._fix(chosen)
+                self._record_plan(index, first, steps, chosen, values)
                 self._predict(outcome, first, steps, chosen, speeds)
                 self.trainables.select(chosen.selected)
                 for note in self.model.notes:
                     self.log.fallback(note)
                 self._train(index, first, steps, chosen)
+                if chosen.peak_bytes == outcome.predicted_peak or not outcome.measured_terms:
+                    outcome.measured_terms = self._held_terms() | self.terms
                 first += steps
                 position = Position(self.progress.step, index, self.meter.total)
                 save_checkpoint(folder.path / "checkpoint", self.trainables, position)
                 if self.progress.stop is not None:
                     raise interrupted(self.progress, setup.schedule.steps, folder)
+                if self.progress.late:
+                    done, total = self.progress.step, setup.schedule.steps
+                    self.log.fallback(f"the time budget ended training after step {done} of {total}")
+                    break
         self.complete = True
 
     def save(self, folder: RunFolder) -> None:
@@ -86,11 +109,11 @@ class Int8Trainee:
     @property
     def held_bytes(self) -> int:
         """What training has added to the base and evaluation must leave room for: the planes of trained tensors."""
-        return sum(linear.weight.nbytes for linear in self.model.linears.values() if linear.weight.low is not None)
+        return sum(linear.added_bytes for linear in self.model.linears.values())
 
     def _importance(self, index: int) -> dict[str, float]:
         setup = self.setup
-        if setup.options.strategy != "greentrainer":
+        if not setup.options.measures_importance:
             return {weight.name: float(weight.numel) for weight in setup.need.table.weights}
         draw = random.Random(f"{setup.options.seed}/probe/{index}")
         train, wanted = setup.corpus.train, setup.probes.rows * setup.probes.count
@@ -124,7 +147,7 @@ class Int8Trainee:
     def _live_bytes(self) -> int:
         """What training holds now: masters, planes and states of live tensors, planes of resting ones."""
         weights = {weight.name: weight for weight in self.setup.need.table.weights}
-        live = sum(state_bytes(weights[name], False, self.setup.need.eight_bit) for name in self.trainables.live)
+        live = sum(state_bytes(weights[name], False, self.formats[0]) for name in self.trainables.live)
         return live + sum(plane_bytes(weights[name]) for name in self.trainables.resting)
 
     def _layers(self) -> Any:
@@ -136,37 +159,70 @@ class Int8Trainee:
         setup = self.setup
         later = len(setup.schedule.rounds) - index - 1
         probing = setup.need.table.probe_work().total(setup.probes.shapes(setup.schedule))
-        problem = Problem(
-            table=setup.need.table,
-            values=values_of(values, setup.need.table),
-            shapes=setup.schedule.shapes[first:],
-            flops=setup.flops - self.meter.total - later * probing,
-            memory_bytes=setup.memory_bytes,
-            around=replace(setup.need.around, demoted=tuple({*self.trainables.resting, *self.trainables.live})),
-            vocabulary=setup.need.vocabulary,
-            batch_size=setup.options.batch_size,
-        )
+        demoted = tuple({*self.trainables.resting, *self.trainables.live})
+        problem = replace(
+            setup.need.problem(
+                setup.options, setup.schedule.shapes[first:], values_of(values, setup.need.table),
+                setup.flops - self.meter.total - later * probing, setup.memory_bytes, self._seconds(later),
+            ),
+            around=replace(setup.need.around, demoted=demoted), formats=self.formats, head_rows=self.head_rows,
+        )  # fmt: skip
         try:
-            self._chosen = plan(problem, setup.options.strategy, setup.options.seed + index)
+            self._chosen = self._planned(problem, index)
         except InputError as error:
             if index == 0:
                 raise
             self.log.fallback(f"round {index + 1} keeps the tensors of the round before: {error}")
+        self.problem = problem
         return self._chosen
 
-    def _record_plan(
-        self, index: int, first: int, steps: int, chosen: Plan, values: dict[str, float], speed: Speed
-    ) -> None:
-        setup, table = self.setup, self.setup.need.table
+    def _planned(self, problem: Problem, index: int) -> Plan:
+        """The plan; where no tensor of measured importance fits, of any that does."""
+        options = self.setup.options
+        try:
+            return plan(problem, options.strategy, options.seed + index)
+        except BudgetError as error:
+            if index > 0 or min(problem.values.values()) > 0:
+                raise
+            anything = {name: max(value, 1e-9) for name, value in problem.values.items()}
+            found = plan(replace(problem, values=anything), options.strategy, options.seed + index)
+            self.log.fallback(f"no tensor with a measured importance fits ({error}): what fits is trained")
+            return found
+
+    def _seconds(self, later: int) -> float | None:
+        """What is left of the time budget for training, in predicted seconds: measured ones may be longer."""
+        setup, left = self.setup, self.setup.seconds_left
+        if left is None:
+            return None
+        probing = later * probe_seconds(setup.need, setup.schedule, setup.probes) / len(setup.schedule.rounds)
+        return max(1e-3, (left - self.after_s) / self.slowness - probing)
+
+    def _fix(self, chosen: Plan) -> None:
+        """Number formats and the trained part of the head are decided once, in the first round."""
+        rows = None
+        if chosen.head_rows is not None:
+            rows = torch.tensor(self.setup.corpus.used_tokens, dtype=torch.int64)
+        self.trainables.configure(chosen.formats, rows)
+        self.formats, self.head_rows = (chosen.formats,), (chosen.head_rows,)
+
+    def _record_plan(self, index: int, first: int, steps: int, chosen: Plan, values: dict[str, float]) -> None:
+        setup, table, problem = self.setup, self.setup.need.table, self.problem
         names = set(chosen.selected)
-        shape = largest(setup.schedule, setup.options.batch_size)
+        shapes = Counter((shape.rows, shape.tokens, shape.kept) for shape in problem.shapes)
         self.folder.write(f"plan-{index}.json", {
             "round": index, "first_step": first, "steps": steps, "strategy": chosen.strategy,
-            "selected": list(chosen.selected), "recompute": [], "micro_batch": chosen.micro_batch,
-            "accumulation": chosen.accumulation, "value": chosen.value, "optimality_gap": chosen.optimality_gap,
+            "selected": list(chosen.selected), "recompute": list(chosen.recompute), "micro_batch": chosen.micro_batch,
+            "accumulation": chosen.accumulation, "formats": asdict(chosen.formats), "head_rows": chosen.head_rows,
+            "value": chosen.value, "optimality_gap": chosen.optimality_gap,
             "predicted": {"flops": chosen.flops, "flops_ratio": chosen.flops_ratio, "peak_bytes": chosen.peak_bytes,
-                          "step_s": speed.step_s(table, table.mask(names), shape, chosen.accumulation)},
-            "budget": {"flops": setup.flops, "memory_bytes": setup.memory_bytes}, "memory": chosen.memory,
+                          "step_s": (chosen.seconds or 0.0) / problem.steps},
+            "budget": {"flops": setup.flops, "memory_bytes": setup.memory_bytes, "seconds": setup.seconds},
+            "memory": chosen.memory,
+            "problem": {"shapes": [[*shape, count] for shape, count in sorted(shapes.items())],
+                        "flops": problem.flops, "memory_bytes": problem.memory_bytes, "batch_size": problem.batch_size,
+                        "vocabulary": problem.vocabulary, "floor_bytes": problem.around.floor_bytes,
+                        "demoted": list(problem.around.demoted), "head_rows": list(problem.head_rows),
+                        "formats": [asdict(formats) for formats in problem.formats]},
             "candidates": [{"name": w.name, "kind": w.kind, "block": w.block, "numel": w.numel,
                             "importance": values.get(w.name, 0.0), "selected": w.name in names}
                            for w in table.weights],
@@ -177,25 +233,52 @@ class Int8Trainee:
         blocks = sorted({w.block for w in table.weights if w.name in names and w.block < table.blocks})
         where = f"layers {blocks[0]}-{blocks[-1]}" if blocks else "no layer"
         head = " and the head" if self.model.head in names else ""
+        if head and chosen.head_rows is not None:
+            head = f" and {chosen.head_rows} rows of the head"
         self.log.say(
             f"round {index + 1}/{len(setup.schedule.rounds)}: training {len(names)} of {len(table.weights)} tensors "
             f"({where}{head}), {chosen.flops_ratio:.1%} of full FLOPs, {format_bytes(chosen.peak_bytes)} predicted peak"
         )
 
-    def _predict(self, outcome: Any, first: int, steps: int, chosen: Plan, speeds: tuple[Speed, Speed]) -> None:
+    def _planes_of_base(self) -> int:
+        """Bytes of the int8 model as it was loaded, each tensor once."""
+        held = {id(tensor): tensor.nbytes for tensor in self.model.vectors.values()}
+        for module in self.module.modules():
+            if isinstance(module, (Int8Linear, Int8Embedding)):
+                held[id(module.weight.q)] = module.weight.nbytes
+        return sum(held.values())
+
+    def _held_terms(self) -> dict[str, int]:
+        """What is held now, measured, by the names of the memory model."""
+        live, states = self.trainables.live, self.trainables.optimizer.states.values()
+        planes = {name: linear.added_bytes for name, linear in self.model.linears.items()}
+        return {
+            "base": self._base_bytes,
+            "masters": sum(parameter.nbytes for name, parameter in live.items()),
+            "planes": sum(planes[name] for name in live if name in planes),
+            "demoted": sum(size for name, size in planes.items() if name not in live),
+            "optimizer": sum(tensor.nbytes for state in states for tensor in state.tensors().values()),
+        }
+
+    def _predict(self, outcome: Any, first: int, steps: int, chosen: Plan, speeds: tuple[Rates, Rates]) -> None:
         setup, table = self.setup, self.setup.need.table
+        if chosen.head_rows is not None:
+            table = table.with_head_rows(chosen.head_rows)
         mask = table.mask(chosen.selected)
         shapes = setup.schedule.shapes[first : first + steps]
-        outcome.predicted_flops += table.train_work(mask).total(shapes) + self._probe_work
+        outcome.predicted_flops += table.train_work(mask, chosen.recompute).total(shapes) + self._probe_work
         evaluation = setup.need.evaluation_bytes(setup.evaluation_rows(0))
         outcome.predicted_peak = max(outcome.predicted_peak, evaluation, self._probe_peak)
         if chosen.peak_bytes > sum(outcome.memory_terms.values()):
             outcome.memory_terms = chosen.memory
         outcome.predicted_peak = max(outcome.predicted_peak, chosen.peak_bytes)
-        typical = shapes[len(shapes) // 2]
-        mine, theirs = (speed.step_s(table, mask, typical, chosen.accumulation) for speed in speeds)
+        totals, micro = Totals.of(shapes), sum(-(-shape.rows // chosen.micro_batch) for shape in shapes)
+        self._expected_s, theirs = (
+            speed.of_states(chosen.formats.states).run_s(table, mask, totals, steps, micro, chosen.recompute) / steps
+            for speed in speeds
+        )
         share = steps / (first + steps)
-        outcome.predicted_step_s += share * (mine - outcome.predicted_step_s)
+        outcome.predicted_step_s += share * (self._expected_s - outcome.predicted_step_s)
         outcome.device_step_s += share * (theirs - outcome.device_step_s)
 
     def _train(self, index: int, first: int, steps: int, chosen: Plan) -> None:
@@ -204,26 +287,28 @@ class Int8Trainee:
             (epoch, collate([setup.corpus.train[i] for i in indices], setup.pad_id, options.max_length))
             for epoch, indices in setup.schedule.batches[first : first + steps]
         ]
-        total = setup.schedule.steps
-        work = setup.need.table.train_work(setup.need.table.mask(chosen.selected))
+        total, table = setup.schedule.steps, setup.need.table
+        if chosen.head_rows is not None:
+            table = table.with_head_rows(chosen.head_rows)
+        mask = table.mask(chosen.selected)
+        work, kept = table.train_work(mask, chosen.recompute), table.saved_work(mask, chosen.recompute)
         recipe = Recipe(
             lambda step: schedule(options.schedule, setup.lr, step, total, options.warmup),
-            options.max_grad_norm, total, setup.flops, work.at,
+            options.max_grad_norm, total, setup.flops, work.at, kept.at,
+            setup.deadline(self.after_s),
         )  # fmt: skip
         parts = Parts(
             self.module, setup.device, self.trainables.live, self.trainables.step, self.model.inputs.clear,
             self.meter, setup.watch,
         )  # fmt: skip
-        train_round(parts, recipe, batches, chosen.micro_batch, index, self.progress, self.folder.metrics,
-                    self.log.step)  # fmt: skip
-
-    def _speed(self) -> Speed:
-        table = self.setup.need.table
-        width = max(weight.shape[1] for weight in table.weights if weight.kind == "head")
-        shape = largest(self.setup.schedule, self.setup.options.batch_size)
-        tokens = shape.rows * shape.tokens
-        return of_machine(self.setup.kernels.backend, self.setup.device, width, tokens, self.setup.need.eight_bit)
-
+        before = self.progress.train_s, self.progress.step
+        with recomputed(self._layers(), chosen.recompute) as inputs:
+            train_round(parts, recipe, batches, chosen.micro_batch, index, self.progress, self.folder.metrics,
+                        self.log.step)  # fmt: skip
+        done = self.progress.step - before[1]
+        if done:
+            self.slowness = max(0.8, (self.progress.train_s - before[0]) / done / self._expected_s)
+        self.terms["activations"] = self.progress.kept_bytes + inputs.total_bytes
 
 def interrupted(progress: Progress, steps: int, folder: RunFolder) -> Interrupted:
     """What the user is told after a signal: how far the run came and where its work is."""

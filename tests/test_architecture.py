@@ -21,11 +21,11 @@ PACKAGE = ROOT / "edgegt"
 LAYERS = {
     "command line": "cli __main__",
     "order": "run",
-    "stages": "full trainee prepare use outlook doctor report",
+    "stages": "calibrate full trainee prepare use outlook doctor report",
     "parts of a run": "train evaluate checkpoint selection importance patch speed budget job",
-    "model and data": "model trace architecture loss optimizer flops store source data quant",
+    "model and data": "model trace graph architecture head loss optimizer flops store source data quant",
     "surroundings": "folder log watch home process",
-    "without torch": "options device profile host cost memory planner strategies value",
+    "without torch": "calibrated chunks options device profile host cost rates memory planner strategies value",
     "ground": "errors units version",
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}

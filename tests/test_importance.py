@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import edgegt.chunks
+import edgegt.importance
 from edgegt.architecture import layers_of
 from edgegt.cost import BatchShape
 from edgegt.data import Batch, collate, split_micro
+from edgegt.head import logit_map
 from edgegt.importance import importance
-from edgegt.loss import supervised_loss
+from edgegt.loss import kept_hidden, supervised_loss
 from edgegt.memory import Surroundings
 from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW
@@ -33,8 +38,8 @@ def model_of(family: str, folder: Path) -> Int8Model:
     return load(folder / "model", folder / "cache")
 
 
-def measure(model: Int8Model, batches: list[Batch]) -> dict[str, float]:
-    return importance(model, batches, model.module.get_submodule(layers_of(model.module)[0]))
+def measure(model: Int8Model, batches: list[Batch], head_rows: torch.Tensor | None = None) -> dict[str, float]:
+    return importance(model, batches, model.module.get_submodule(layers_of(model.module)[0]), head_rows)
 
 
 def batches_of(seed: int = 0, rows: int = 8, count: int = 2, vocabulary: int = VOCABULARY) -> list[Batch]:
@@ -155,10 +160,102 @@ def test_it_is_the_same_twice_and_while_tensors_are_trained(tmp_path: Path) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_its_flops_are_the_cost_tables(family: str, tmp_path: Path) -> None:
     model = model_of(family, tmp_path)
-    batches = batches_of()
-    expected = trace(FAMILIES[family]()).probe_work().total([batch.shape for batch in batches])
+    batches, table = batches_of(), trace(FAMILIES[family]())
+    expected = table.probe_work().total([batch.shape for batch in batches])
     measure(model, batches)
-    assert model.meter.total == pytest.approx(expected, rel=0.02)
+    unlabelled = sum(batch.labels.numel() - batch.supervised for batch in batches)
+    assert model.meter.total <= expected
+    # forward, dx, the logits again and dw
+    assert model.meter.total + 4 * table.head.kept * unlabelled == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("trained_now", [False, True])
+def test_of_a_head_in_few_rows_they_alone_are_paid_for(trained_now: bool, tmp_path: Path) -> None:
+    model = model_of("llama", tmp_path)
+    rows, batches = torch.arange(0, VOCABULARY, 5), batches_of()
+    if trained_now:
+        model.linears[model.head].promote_rows(torch.randn(len(rows), 64), rows)
+    table = trace(FAMILIES["llama"]()).with_head_rows(len(rows))
+    measure(model, batches, rows)
+    labelled, unlabelled = (sum(f(batch) for batch in batches) for f in (
+        lambda batch: batch.supervised, lambda batch: batch.labels.numel() - batch.supervised))  # fmt: skip
+    expected = table.probe_work().total([batch.shape for batch in batches])
+    part = 2 * len(rows) * 64
+    skipped = unlabelled * (2 * table.head.kept + 4 * part) + (0 if trained_now else labelled * 2 * part)
+    assert model.meter.total + skipped == pytest.approx(expected, rel=0.001)
+    assert model.meter.by_kind["probe_dw"] > 0 and model.meter.by_kind["dw"] == 0
+
+
+def head_by_its_probe(model: Int8Model, batches: list[Batch], rows: torch.Tensor) -> float:
+    """The head's statistic over some rows from the gradient of whole logits, as any other linear's probe gets it."""
+    total = 0.0
+
+    def probe(name: str, dy: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
+        nonlocal total
+        x, half = q.to(torch.float32) * scale[:, None], dy.shape[0] // 2
+        total += cross(dy[:half, rows].t() @ x[:half], dy[half:, rows].t() @ x[half:])
+
+    head = model.linears[model.head]
+    head.probe = probe
+    for batch in batches:
+        hidden = kept_hidden(model.module, batch, model.device).detach()
+        logits = logit_map(model.module).apply(head(hidden).clone())[0].flatten(0, 1)
+        cross_entropy(logits, batch.labels.flatten(), reduction="sum").div(batch.supervised).backward()
+    head.probe = None
+    return total / len(batches)
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("form", ["one plane", "two planes", "rows apart", "bias", "soft cap"])
+def test_the_head_in_chunks_has_the_statistic_of_whole_logits(
+    form: str, some: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edgegt.importance, "_CHUNK_ELEMENTS", 64 * 7)
+    model = model_of("llama", tmp_path)
+    head = model.linears[model.head]
+    values = model.original(model.head)
+    apart = torch.tensor([0, 3, 4, 17, 200, VOCABULARY - 1])
+    if form == "two planes":
+        head.promote(values)
+        head.demote()
+    elif form == "rows apart":
+        head.promote_rows(values[apart] + 0.1, apart)
+    elif form == "bias":
+        head.bias = torch.nn.Parameter(torch.randn(VOCABULARY), requires_grad=False)
+    elif form == "soft cap":
+        model.module.config.final_logit_softcapping = 0.2
+    batches = batches_of(rows=16, vocabulary=12)
+    # 17 and the last row stand for both kinds where rows are apart
+    rows = torch.tensor([2, 3, 5, 17, 100, VOCABULARY - 1]) if some else None
+    expected = head_by_its_probe(model, batches, torch.arange(VOCABULARY) if rows is None else rows)
+    assert expected > 0
+    assert measure(model, batches, rows)[model.head] == pytest.approx(expected, rel=1e-5)
+
+
+class Shapes(TorchDispatchMode):
+    """Every shape that an operation returns, int8 aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for part in out if isinstance(out, tuple) else [out]:
+            if isinstance(part, torch.Tensor) and part.dtype != torch.int8:
+                self.seen.add(tuple(part.shape))
+        return out
+
+
+def test_logits_of_all_positions_never_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edgegt.importance, "_CHUNK_ELEMENTS", 64 * 7)
+    monkeypatch.setattr(edgegt.chunks, "HEAD_CHUNK_ELEMENTS", 16 * VOCABULARY)
+    model = model_of("llama", tmp_path)
+    with Shapes() as shapes:
+        measure(model, batches_of())
+    assert max(shape[0] for shape in shapes.seen if len(shape) > 1 and shape[-1] == VOCABULARY) == 16
+    labelled = {batch.supervised for batch in batches_of()}
+    assert {shape[1] for shape in shapes.seen if len(shape) == 2 and shape[0] in labelled} <= {1, 5, 7, 64}
 
 
 def test_other_data_give_other_importances_and_permuting_them_changes_the_plan(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from edgegt.errors import EdgegtError
 from edgegt.memory import SMALL_TENSOR
-from edgegt.optimizer import AdamW, Moments, clip, clip_together, eight_bit_works, schedule
+from edgegt.optimizer import AdamW, Moments, clip, clip_together, eight_bit_works, round_into, schedule
 
 CPU = torch.device("cpu")
 needs_8bit = pytest.mark.skipif(eight_bit_works(CPU) is not None, reason="bitsandbytes' 8-bit AdamW does not run here")
@@ -30,7 +30,7 @@ def trained(optimizer: AdamW, shape: tuple[int, ...], steps: int, lr: float = 1e
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("shape", [(3,), (40, 130)])
+@pytest.mark.parametrize("shape", [(3,), (40, 130), (3, 70_001)])
 def test_ten_float_steps_are_torchs(shape: tuple[int, ...], weight_decay: float) -> None:
     reference = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     theirs = torch.optim.AdamW([reference], lr=1e-2, weight_decay=weight_decay)
@@ -79,6 +79,74 @@ def test_states_survive_a_file_bit_for_bit(eight_bit: bool, tmp_path: Path) -> N
     assert torch.equal(here, there)
     for key, value in straight.states["w"].tensors().items():
         assert torch.equal(value, again.states["w"].tensors()[key]), key
+
+
+EIGHT_BIT_OR_NOT = pytest.mark.parametrize("eight_bit", [False, pytest.param(True, marks=needs_8bit)])
+
+
+def test_random_rounding_gives_a_neighbour_and_the_mean_is_the_value() -> None:
+    values = torch.tensor([1.0, -1.0, 1 + 2**-9, -1 - 2**-9, 3.14159, 1e-30, -2.5e20, 0.0, 1e-40])
+    draws, draw = 100_000, torch.Generator().manual_seed(0)
+    rounded = torch.empty(len(values), draws, dtype=torch.bfloat16)
+    round_into(rounded.view(-1), values[:, None].repeat(1, draws).view(-1), draw)
+    down = (values.view(torch.int32) >> 16 << 16).view(torch.float32)
+    up = ((values.view(torch.int32) >> 16) + 1 << 16).view(torch.float32)
+    exact = values == down
+    found = rounded.float()
+    assert bool(((found == down[:, None]) | (found == up[:, None]) & ~exact[:, None]).all())
+    bit = (up - down).abs()
+    error = (found.double().mean(1) - values.double()).abs()
+    assert bool((error <= 5 * bit.double() / 2 / math.sqrt(draws)).all()), "five standard deviations at most"
+
+
+@EIGHT_BIT_OR_NOT
+def test_a_bfloat16_tensor_keeps_updates_far_below_its_last_bit(eight_bit: bool) -> None:
+    # At 1.5 the last bit is 2**-7 and an update of 1e-4 is a 78th of it: rounding to nearest would never move.
+    parameter = torch.full((300, 300), 1.5, dtype=torch.bfloat16)
+    optimizer = AdamW(eight_bit)
+    for _ in range(20):
+        optimizer.update("w", parameter, torch.ones(300, 300), 1e-4)
+    assert float(parameter.double().mean()) == pytest.approx(1.5 - 20e-4, rel=0, abs=1e-4)
+    assert optimizer.states["w"].first.dtype == (torch.uint8 if eight_bit else torch.float32)
+
+
+@EIGHT_BIT_OR_NOT
+def test_bfloat16_steps_are_float_steps_but_for_the_rounding(eight_bit: bool) -> None:
+    start = torch.randn(300, 301, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ends = []
+    for parameter in (start.clone(), start.float()):
+        optimizer = AdamW(eight_bit, 0.01)
+        for gradient in gradients((300, 301), 10):
+            optimizer.update("w", parameter, gradient, 1e-2)
+        ends.append(parameter.float())
+    # Each of ten roundings is off by less than one bit, 2**-7 of the value at most.
+    assert bool(((ends[0] - ends[1]).abs() <= 10 * 2**-7 * (ends[1].abs() + 0.1)).all())
+    assert float((ends[0] - ends[1]).mean().abs()) < 1e-4
+
+
+def test_random_bits_depend_on_seed_name_and_step_alone(tmp_path: Path) -> None:
+    def end(seed: int, name: str, others: bool = False, cut: bool = False) -> torch.Tensor:
+        optimizer = AdamW(False, seed=seed)
+        parameter, other = torch.ones(70_000, dtype=torch.bfloat16), torch.ones(9, dtype=torch.bfloat16)
+        for step, gradient in enumerate(gradients((70_000,), 4)):
+            if others:
+                torch.rand(3)
+                optimizer.update("other", other, torch.ones(9), 1e-3)
+            if cut and step == 2:
+                save_file(optimizer.states[name].tensors() | {"master": parameter}, str(tmp_path / "state"))
+                saved = load_file(str(tmp_path / "state"))
+                optimizer, parameter = AdamW(False, seed=seed), saved["master"].clone()
+                optimizer.states[name] = Moments.from_tensors(saved)
+            optimizer.update(name, parameter, gradient, 1e-3)
+        return parameter
+
+    state = torch.get_rng_state()
+    reference = end(7, "w")
+    assert torch.equal(torch.get_rng_state(), state), "torch's own generator is left alone"
+    assert torch.equal(end(7, "w", others=True), reference)
+    assert torch.equal(end(7, "w", cut=True), reference)
+    assert not torch.equal(end(8, "w"), reference)
+    assert not torch.equal(end(7, "v"), reference)
 
 
 def test_every_tensor_counts_its_own_steps() -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from edgegt.errors import InputError
 from edgegt.loss import supervised_loss
+from edgegt.memory import Formats
 from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW
 from edgegt.patch import apply_patch, read_patch, save_patch
@@ -17,9 +18,12 @@ from edgegt.selection import Trainables
 from tiny_models import FAMILIES, batch_of, load, save_model
 
 
-def trained(folder: Path, rounds: list[list[str]]) -> Trainables:
+def trained(
+    folder: Path, rounds: list[list[str]], master: str = "float32", head_rows: torch.Tensor | None = None
+) -> Trainables:
     """Two steps with each of these selections."""
     trainables = Trainables(load(folder, folder.parent / "cache"), AdamW(False), folder.parent / "parked")
+    trainables.configure(Formats(master, "float32"), head_rows)
     model = trainables.model
     for names in rounds:
         trainables.select(names)
@@ -59,6 +63,62 @@ def test_a_patched_base_computes_bit_for_bit_what_training_ended_with(family: st
     assert torch.equal(logits(model), logits(trainables.model))
     assert not torch.equal(logits(model), untouched)
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
+@pytest.mark.parametrize("master", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "gpt2"])
+def test_trained_rows_come_back_bit_for_bit(family: str, master: str, tmp_path: Path) -> None:
+    folder, path = tmp_path / "model", tmp_path / "patch.safetensors"
+    save_model(folder, FAMILIES[family]())
+    model = load(folder, tmp_path / "cache")
+    names, rows = [*model.linears, *model.vectors], torch.arange(7, 320, 3)
+    trainables = trained(folder, [[*names[::5], model.head], names[1::4]], master, rows)
+    save_patch(path, trainables.masters(), model.fingerprint, "model", "0")
+    tensors, about = read_patch(path)
+    assert about["format"] == "2" and torch.equal(tensors[f"{model.head}|rows"], rows)
+    assert tensors[model.head].shape == (len(rows), 64)
+    assert all(value.dtype in (torch.float32, torch.int64) for value in tensors.values())
+    table = model.module.get_input_embeddings().weight
+    plane = table.q.clone()
+    apply_patch(model, path)
+    assert torch.equal(logits(model), logits(trainables.model))
+    assert model.module.get_input_embeddings().weight is table and torch.equal(table.q, plane)
+
+
+HEAD = "lm_head.weight"
+TWO = torch.tensor([3, 5])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({HEAD: torch.ones(2, 64)}, r"\(2, 64\), 'model' as \(320, 64\)"),
+        ({f"{HEAD}|rows": TWO}, "without the values of these rows"),
+        ({HEAD: torch.ones(2, 64), f"{HEAD}|rows": torch.tensor([3, 320])}, "from 3 to 320, the rows from 0 to 319"),
+        ({HEAD: torch.ones(2, 64), f"{HEAD}|rows": torch.tensor([-1, 5])}, "from -1 to 5"),
+        ({HEAD: torch.ones(2, 64), f"{HEAD}|rows": torch.tensor([5, 3])}, "not sorted"),
+        ({HEAD: torch.ones(2, 64), f"{HEAD}|rows": torch.ones(2)}, r"torch\.float32"),
+        ({HEAD: torch.ones(3, 64), f"{HEAD}|rows": TWO}, r"\(3, 64\), 'model' with these rows as \(2, 64\)"),
+        ({HEAD: torch.ones(2, 63), f"{HEAD}|rows": TWO}, r"\(2, 63\)"),
+        ({"model.norm.weight": torch.ones(2), "model.norm.weight|rows": TWO}, "only the rows of a linear"),
+        ({HEAD: torch.full((2, 64), torch.nan), f"{HEAD}|rows": TWO}, "not all finite"),
+        ({HEAD: torch.ones(320, 64, dtype=torch.int32)}, r"torch\.int32"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_refused_and_nothing_is_changed(
+    tensors: dict[str, torch.Tensor], reason: str, folder: Path, tmp_path: Path
+) -> None:
+    model, path = load(folder, tmp_path / "cache"), tmp_path / "patch.safetensors"
+    before = logits(model)
+    good = {
+        "model.layers.0.mlp.up_proj.weight": torch.ones(96, 64),
+        "model.layers.0.input_layernorm.weight": torch.ones(64),
+    }
+    save_patch(path, good | tensors, model.fingerprint, "model", "0")
+    with pytest.raises(InputError, match=reason) as refusal:
+        apply_patch(model, path)
+    assert "\n" not in str(refusal.value) and "take the patch from the run folder again" in str(refusal.value)
+    assert torch.equal(logits(model), before)
 
 
 def test_a_patch_comes_back_from_its_file(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from edgegt.quant import (
     Int8Weight,
     dequantize,
     quantize_rows,
-    split_planes,
 )
 from edgegt.quant.backend import check
 from edgegt.quant.linear import weight_gradient
@@ -296,6 +295,44 @@ def test_executed_flops_are_metered(backend: Backend, device: torch.device) -> N
     assert meter.flops == {"forward": one, "low_plane": one, "dx": one, "dw": one}
 
 
+def test_its_products_alone_are_those_of_autograd(backend: Backend, device: torch.device) -> None:
+    layer = make(backend, device, (96, 64), bias=True, trained=True)
+    x = torch.randn(50, 96, device=device, requires_grad=True)
+    dy = torch.randn(50, 64, device=device)
+    y = layer(x)
+    y.backward(dy)
+    assert layer.master is not None and layer.master.grad is not None and x.grad is not None
+    q, scale = backend.quantize_tokens(x.detach())
+    meter = layer.meter = CountingMeter()
+    assert torch.equal(layer.logits(q, scale), y)
+    assert torch.equal(layer.input_gradient(dy), x.grad)
+    dw = layer.master_gradient(dy, q, scale)
+    assert torch.equal(dw, layer.master.grad)
+    total = torch.ones_like(dw)
+    for part in (slice(20), slice(20, None)):
+        assert layer.master_gradient(dy[part], q[part], scale[part], total) is total
+    torch.testing.assert_close(total, dw + 1, rtol=1e-5, atol=1e-5)
+    one = 2 * 50 * 96 * 64
+    assert meter.flops == {"forward": one, "low_plane": one, "dx": one, "dw": 2 * one}
+
+
+def test_a_bfloat16_master_has_a_float32_gradient(backend: Backend, device: torch.device) -> None:
+    layer = make(backend, device, (96, 64))
+    master = dequantize(layer.weight).bfloat16()
+    layer.promote(master)
+    assert layer.master is not None and layer.master.dtype == torch.bfloat16
+    assert snr_db(dequantize(layer.weight), master.float()) > 80
+    x, dy = torch.randn(50, 96, device=device), torch.randn(50, 64, device=device)
+    for _ in range(2):
+        layer(x).backward(dy)
+    expected = 2 * layer.master_gradient(dy, *backend.quantize_tokens(x))
+    assert layer.master.grad is not None
+    if hasattr(layer.master, "grad_dtype"):
+        assert torch.equal(layer.master.grad, expected)
+    else:
+        assert snr_db(layer.master.grad, expected) > 40
+
+
 def test_runs_repeat_bit_for_bit(backend: Backend, device: torch.device) -> None:
     layer = make(backend, device, (96, 64), trained=True)
     results = []
@@ -353,26 +390,3 @@ def test_a_read_only_mapped_weight_is_used_in_place(tmp_path: Path) -> None:
     assert torch.equal(layer(x), y)
     table = Int8Embedding(Int8Weight(mapped, weight.scale))
     assert torch.equal(table(torch.tensor([3])), dequantize(weight)[3:4]) and device.type == "cpu"
-
-
-def test_embedding_reads_dequantised_rows(device: torch.device) -> None:
-    w = torch.randn(50, 24, device=device)
-    ids = torch.tensor([[0, 49, 7], [7, 0, 0]], device=device)
-    for weight in (quantize_rows(w), split_planes(w)):
-        rows = Int8Embedding(weight, padding_idx=0)(ids)
-        assert rows.dtype == torch.float32 and not rows.requires_grad
-        assert torch.allclose(rows, dequantize(weight)[ids], rtol=1e-6)
-    scaled = Int8Embedding(weight, embed_scale=4.5)(ids)
-    assert torch.allclose(scaled, 4.5 * dequantize(weight)[ids], rtol=1e-6)
-
-
-def test_a_tied_table_stays_when_its_head_is_trained(backend: Backend, device: torch.device) -> None:
-    shared = quantize_rows(torch.randn(50, 24, device=device))
-    table = Int8Embedding(shared)
-    head = Int8Linear(shared, backend=backend, inputs=InputCache())
-    ids = torch.arange(50, device=device)
-    before = table(ids)
-    head.promote(dequantize(shared) + 0.1)
-    head.refresh()
-    assert table.weight is shared and head.weight is not shared
-    assert torch.equal(table(ids), before)

@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from edgegt.checkpoint import Position, save_checkpoint
+from edgegt.cost import Weight, Work
 from edgegt.loss import supervised_loss
+from edgegt.memory import Formats, state_bytes
 from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW, eight_bit_works
 from edgegt.selection import Trainables
@@ -181,6 +184,57 @@ def test_a_tensor_dropped_before_its_first_step_comes_back_without_states(folder
     assert UP not in trainables.optimizer.states
     train(trainables, 1)
     assert trainables.optimizer.states[UP].step == 1
+
+
+FORMATS = [
+    Formats(master, states)
+    for master in ("float32", "bfloat16")
+    for states in ("float32", *(["8-bit"] if EIGHT_BIT else []))
+]
+
+
+@pytest.mark.parametrize("rows", [None, torch.arange(0, 320, 5)], ids=["whole head", "64 rows"])
+@pytest.mark.parametrize("formats", FORMATS, ids=lambda formats: f"{formats.master}, {formats.states}")
+def test_what_training_holds_is_what_memory_planned(folder: Path, formats: Formats, rows: torch.Tensor | None) -> None:
+    trainables = trainables_of(folder, "parked")
+    trainables.configure(formats, rows)
+    model, vectors = trainables.model, trainables.model.vectors
+    names = [UP, QUERY, NORM, HEAD]
+    trainables.select(names)
+    train(trainables, 1)
+    for name in names:
+        kind = "vector" if name in vectors else "head" if name == HEAD else "linear"
+        weight = Weight(name, kind, 0, tuple(trainables.live[name].shape), 0, Work())
+        held = sum(value.nbytes for key, value in trainables.tensors(name).items() if key not in ("step", "rows"))
+        held += 0 if kind == "vector" else model.linears[name].added_bytes
+        index = 8 * len(rows) if name == HEAD and rows is not None else 0
+        assert held == state_bytes(weight, False, formats) + index, name
+        assert trainables.live[name].dtype == (torch.float32 if kind == "vector" else getattr(torch, formats.master))
+
+
+def test_formats_are_chosen_before_the_first_selection(folder: Path) -> None:
+    trainables = trainables_of(folder, "parked")
+    assert trainables.formats == Formats(states="8-bit" if EIGHT_BIT else "float32")
+    trainables.configure(Formats("bfloat16", "float32"), None)
+    assert trainables.optimizer.eight_bit is False
+    trainables.select([UP])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="before the first selection"):
+            trainables.configure(Formats(), None)
+        trainables.select([])
+
+
+def test_a_checkpoint_holds_all_that_continues_a_tensor(folder: Path, tmp_path: Path) -> None:
+    trainables = trainables_of(folder, "parked")
+    trainables.configure(Formats("bfloat16", "8-bit" if EIGHT_BIT else "float32"), torch.arange(0, 320, 4))
+    trainables.select([UP, NORM, HEAD])
+    train(trainables, 2)
+    found = load_file(str(save_checkpoint(tmp_path, trainables, Position(2, 0, 10))))
+    for name in (UP, NORM, HEAD):
+        for key, value in (trainables._kept(name) | states(trainables, name)).items():
+            saved = found.pop(f"{name}|{key}")
+            assert saved.dtype == value.dtype and torch.equal(saved, value), (name, key)
+    assert not found and trainables.live[HEAD].shape == (80, 64)
 
 
 def test_an_unknown_name_is_a_key_error(folder: Path) -> None:

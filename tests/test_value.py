@@ -15,7 +15,7 @@ TABLE = CostTable(
         Weight("norm", "vector", 4, (8,), -1, Work()),
         Weight("head", "head", 4, (16, 8), 2, Work()),
     ),
-    paths=(), forward=Work(), head=Work(), parameters=0, base_bytes=0, float_bytes=0,
+    paths=(), layers=(), forward=Work(), head=Work(), parameters=0, base_bytes=0, float_bytes=0,
 )  # fmt: skip
 
 

@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -19,18 +25,25 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    T5Config,
 )
 
+from edgegt.architecture import is_linear, is_transposed
 from edgegt.data import Batch, Example, Row, collate
+from edgegt.flops import FlopMeter
 from edgegt.model import Int8Model, load_int8
-from edgegt.quant import TorchBackend
+from edgegt.quant import InputCache, Int8Linear, TorchBackend, quantize_rows
 from edgegt.source import open_source, read_config
+from edgegt.store import Entry
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCABULARY = 320
 CPU = torch.device("cpu")
 _IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _WIDE = {**_IDS, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+_ONE_OF_THREE = {**_WIDE, "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}
+_FALCON = {**_IDS, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+_T5 = {"vocab_size": VOCABULARY, "d_model": 64, "d_ff": 96, "num_heads": 4, "d_kv": 16}
 _GROUPED = {**_WIDE, "num_key_value_heads": 2, "max_position_embeddings": 128}
 
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -46,16 +59,37 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mistral": lambda: MistralConfig(**_GROUPED, head_dim=16),
     "phi3": lambda: Phi3Config(**_GROUPED),
     "gpt-neox": lambda: GPTNeoXConfig(**_WIDE, max_position_embeddings=128),
+    "gemma3": lambda: Gemma3TextConfig(**_GROUPED, head_dim=16, sliding_window=8),
+    "smollm": lambda: LlamaConfig(**_ONE_OF_THREE, max_position_embeddings=128, tie_word_embeddings=True),
+}  # fmt: skip
+
+# What can be planned and not yet be loaded in int8.
+TRACED_ONLY: dict[str, Callable[[], Any]] = {
+    "bloom": lambda: BloomConfig(**_IDS, hidden_size=64, n_layer=3, n_head=4),
+    "gemma2": lambda: Gemma2Config(**_GROUPED, head_dim=16, sliding_window=8),
+    "falcon": lambda: FalconConfig(**_FALCON, new_decoder_architecture=False, parallel_attn=True),
+    "falcon-grouped": lambda: FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-alibi": lambda: FalconConfig(**_FALCON, alibi=True, multi_query=False, parallel_attn=False, bias=True),
+    "t5": lambda: T5Config(**_T5, num_layers=3),
+    "flan-t5": lambda: T5Config(
+        **_T5, num_layers=2, num_decoder_layers=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    ),
+    "bart": lambda: BartConfig(
+        **_IDS, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=96, decoder_ffn_dim=80, max_position_embeddings=128,
+    ),
 }  # fmt: skip
 
 
-def float_model(config: Any, attention: str = "eager", untied: bool = False, seed: int = 0) -> Any:
-    """transformers' own float32 model with random weights, in eval mode (no dropout)."""
+def float_model(config: Any, attention: str | None = "eager", untied: bool = False, seed: int = 0) -> Any:
+    """transformers' own float32 model with random weights, in eval mode (no dropout); attention None: its default."""
     config = copy.deepcopy(config)
     if untied:
         config.tie_word_embeddings = False
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options = {} if attention is None else {"attn_implementation": attention}
+    return auto.from_config(config, dtype=torch.float32, **options).eval()
 
 
 def save_model(folder: Path, config: Any, seed: int = 0, **options: Any) -> Any:
@@ -72,6 +106,32 @@ def save_model(folder: Path, config: Any, seed: int = 0, **options: Any) -> Any:
 def load(folder: Path, cache: Path) -> Int8Model:
     """The saved model in int8, with torch's own integer products."""
     return load_int8(read_config(str(folder)), open_source(str(folder)), cache, TorchBackend(), CPU)
+
+
+class _Originals:
+    """Float tensors by name, where a test has no folder of them."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensor = tensors.__getitem__
+
+
+def int8_twin(config: Any) -> Int8Model:
+    """A random model whose linears are made int8 in place, for families that cannot be loaded in int8 yet."""
+    module, backend, inputs, meter = float_model(config, None, untied=True), TorchBackend(), InputCache(), FlopMeter()
+    linears, originals, entries = {}, {}, {}
+    for path, linear in [(path, found) for path, found in module.named_modules() if is_linear(found)]:
+        name = f"{path}.weight"
+        originals[name] = linear.weight.detach().t() if is_transposed(linear) else linear.weight.detach()
+        weight = quantize_rows(originals[name].contiguous())
+        linears[name] = Int8Linear(weight, linear.bias, name=name, backend=backend, inputs=inputs, meter=meter)
+        entries[name] = Entry(name, name, 0, True, False)
+        linears[name].register_forward_hook(lambda *called: called[-1].clone())  # Falcon adds to a product in place
+        module.set_submodule(path, linears[name])
+    vectors = {name: parameter for name, parameter in module.named_parameters() if parameter.ndim < 2}
+    module.requires_grad_(False)
+    source: Any = _Originals(originals)
+    store: Any = None
+    return Int8Model(module, linears, vectors, "", False, meter, source, store, "", CPU, inputs, [], entries)
 
 
 def examples(count: int, seed: int = 0, vocabulary: int = VOCABULARY, longest: int = 20) -> list[Example]:

@@ -14,7 +14,9 @@ import torch
 from edgegt.quant import backend as _backend
 from edgegt.quant.backend import Backend, BackendCheck, Choice, ReferenceBackend
 from edgegt.quant.bnb_backend import BitsandbytesBackend
-from edgegt.quant.linear import InputCache, Int8Embedding, Int8Linear, Meter, Probe
+from edgegt.quant.embedding import Int8Embedding
+from edgegt.quant.linear import InputCache, Int8Linear, Meter, Probe
+from edgegt.quant.rows import TrainedRows, index_fault
 from edgegt.quant.torch_backend import TorchBackend
 from edgegt.quant.weight import Int8Weight, dequantize, quantize_rows, refresh_planes, split_planes
 
@@ -31,9 +33,11 @@ __all__ = [
     "Probe",
     "ReferenceBackend",
     "TorchBackend",
+    "TrainedRows",
     "check_backends",
     "choose_backend",
     "dequantize",
+    "index_fault",
     "quantize_rows",
     "refresh_planes",
     "split_planes",

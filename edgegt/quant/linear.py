@@ -1,4 +1,4 @@
-"""The int8 linear layer: one autograd function for frozen and trained weights, and the int8 embedding.
+"""The int8 linear layer: one autograd function for frozen and trained weights.
 
     y  = scale_x * (q_x W_q^T) * scale_w (+ bias)     x quantised per token, W per row
     dx = scale_d * (q_d W_q)                          d = dy * scale_w, quantised per token
@@ -9,6 +9,7 @@ its input in int8: one byte per element and 4 per token. A trained weight acts i
 `weight`), because on the int8 grid small updates vanish: y costs a second int8 product, metered as 'low_plane'.
 dx uses the high plane alone, which leaves out 0.8 % of a Gaussian row (42 dB), no more than quantising dy does.
 Measured on Gaussian operands against float32: y and dw 42 dB, dx 41 dB (frozen) and 39 dB (trained).
+Of a layer with very many rows, some may be trained and the others left frozen (see `rows`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from edgegt.quant.backend import Backend
+from edgegt.quant.rows import TrainedRows
 from edgegt.quant.weight import LOW_STEPS, Int8Weight, refresh_planes, split_planes
 
 DW_TOKENS = 1024
@@ -68,6 +70,7 @@ class InputCache:
 class Int8Linear(nn.Module):
     """y = x W^T + bias with W in int8 [out, in]: frozen, or trained through a float master between promote and demote.
 
+    rows: output rows that were promoted apart; they act in planes of their own instead of those of `weight`.
     probe: when set, backward hands it (name, dy [n, out], int8 x [n, in], scale [n]) and forms no weight gradient.
     The output has x's dtype. The weight's tensors are plain attributes: never copied, moved or saved by torch.
     """
@@ -88,6 +91,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
+        self.rows: TrainedRows | None = None
         self.name = name
         self.backend = backend
         self.inputs = inputs
@@ -107,57 +111,105 @@ class Int8Linear(nn.Module):
         operands = (x, master, self.bias)
         if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
             return _int8_product(*operands, q, scale, self)
-        return self._product(x, q, scale)
+        return self.logits(q, scale).reshape(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def promote(self, master: Tensor) -> None:
-        """Train this weight: `master` [out, in] (float32, or bfloat16 on a GPU) becomes a parameter, not a copy."""
+        """Train this weight: `master` [out, in] (float32 or bfloat16) becomes a parameter, not a copy."""
         if master.shape != self.weight.shape:
             raise ValueError(f"{self.name}: master is {tuple(master.shape)}, the weight is {tuple(self.weight.shape)}")
-        self.weight = split_planes(master)
-        self.master = nn.Parameter(master.detach())
+        self.weight, self.rows = split_planes(master), None
+        self._hold(master)
+
+    def promote_rows(self, master: Tensor, rows: Tensor) -> None:
+        """Train output rows (sorted int64 [R]) alone, by `master` [R, in]. Raises: ValueError when they do not fit."""
+        self.rows = TrainedRows.of(rows, master, self.weight.shape)
+        self._hold(master)
 
     def refresh(self) -> None:
         """Bring the planes up to the master after an optimizer step. Raises: EdgegtError when it is not finite."""
-        refresh_planes(self.weight, self._trained())
+        refresh_planes(self.weight if self.rows is None else self.rows.weight, self._trained())
 
     def demote(self) -> Tensor:
-        """Freeze this weight in its two planes, so that the function stays the same bit for bit; returns the master."""
+        """Freeze what is trained in its two planes, so that the function stays the same; returns the master."""
         master = self._trained().detach()
         self.master = None
         return master
 
-    def restore(self, weight: Int8Weight) -> None:
-        """Freeze this weight as `weight`, dropping a master."""
+    def restore(self, weight: Int8Weight, rows: TrainedRows | None = None) -> None:
+        """Freeze this weight as `weight` with these rows apart, dropping a master."""
         if weight.shape != self.weight.shape:
             raise ValueError(f"{self.name}: got {tuple(weight.shape)}, the weight is {tuple(self.weight.shape)}")
         self.master = None
-        self.weight = weight
+        self.weight, self.rows = weight, rows
+
+    @property
+    def added_bytes(self) -> int:
+        """Bytes of the planes that training has added to the frozen one, or put in its place."""
+        whole = self.weight.nbytes if self.weight.low is not None else 0
+        return whole + (self.rows.nbytes if self.rows is not None else 0)
+
+    def logits(self, q: Tensor, scale: Tensor) -> Tensor:
+        """y, float32 [n, out], of a quantised input: int8 [n, in] and float32 scale [n]."""
+        y = self._planes(q, scale, self.weight, "forward")
+        if self.rows is not None:
+            self.rows.replace_in(y, self._planes(q, scale, self.rows.weight, self._again("forward")))
+        if self.bias is not None:
+            y.add_(self.bias.detach())
+        return y
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dx, float32 [n, in], of dy [n, out], which is left as it is."""
+        scale = self.weight.scale.to(torch.float32)
+        if self.rows is None:
+            return self._back(dy, scale, self.weight, "dx")
+        dx = self._back(dy, self.rows.without(scale), self.weight, "dx")
+        rows = self.rows.weight
+        return dx.add_(self._back(self.rows.columns(dy), rows.scale.to(torch.float32), rows, self._again("dx")))
+
+    def master_gradient(self, dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        """dw, float32 [out, in] or, of R trained rows, [R, in]; of dy [n, out]; added to `out` in place when given."""
+        part = dy if self.rows is None else self.rows.columns(dy)
+        self._count("dw", *part.shape)
+        return weight_gradient(part, q, scale, out)
 
     def extra_repr(self) -> str:
         """For print(model)."""
         state = "trained" if self.master is not None else "frozen"
-        return f"{self.in_features}, {self.out_features}, {state}, planes={1 if self.weight.low is None else 2}"
+        rows = "" if self.rows is None else f", rows={len(self.rows.index)}"
+        return f"{self.in_features}, {self.out_features}, {state}, planes={1 if self.weight.low is None else 2}{rows}"
 
     def _trained(self) -> nn.Parameter:
         if self.master is None:
             raise RuntimeError(f"{self.name}: the weight is frozen; promote it first")
         return self.master
 
-    def _product(self, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-        weight = self.weight
+    def _hold(self, master: Tensor) -> None:
+        self.master = nn.Parameter(master.detach())
+        if hasattr(self.master, "grad_dtype"):  # torch 2.10: without it a bfloat16 master's gradient is rounded too
+            self.master.grad_dtype = torch.float32
+
+    def _planes(self, q: Tensor, scale: Tensor, weight: Int8Weight, kind: str) -> Tensor:
+        size = (q.shape[0], weight.shape[0])
         weight_scale = weight.scale.to(torch.float32)
         y = self.backend.product(q, scale, weight.q, weight_scale)
-        self._count("forward", q.shape[0])
+        self._count(kind, *size)
         if weight.low is not None:
             y.add_(self.backend.product(q, scale, weight.low, weight_scale / LOW_STEPS))
-            self._count("low_plane", q.shape[0])
-        if self.bias is not None:
-            y.add_(self.bias.detach())
-        return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+            self._count("low_plane", *size)
+        return y
 
-    def _count(self, kind: str, tokens: int) -> None:
+    def _back(self, dy: Tensor, columns: Tensor, weight: Int8Weight, kind: str) -> Tensor:
+        q, scale = self.backend.quantize_tokens(dy, columns)
+        self._count(kind, *dy.shape)
+        return self.backend.product_back(q, scale, weight.q)
+
+    def _again(self, kind: str) -> str:
+        """What the repeated product of rows counts as: of rows no longer trained, it is a matter of their format."""
+        return kind if self.master is not None else "low_plane"
+
+    def _count(self, kind: str, tokens: int, rows: int) -> None:
         if self.meter is not None:
-            self.meter.add(kind, 2 * tokens * self.in_features * self.out_features)
+            self.meter.add(kind, 2 * tokens * rows * self.in_features)
 
 
 class _Int8Product(torch.autograd.Function):
@@ -167,11 +219,11 @@ class _Int8Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, master: Tensor | None, bias: Tensor | None, q: Tensor, scale: Tensor, layer: Int8Linear
     ) -> Tensor:
-        ctx.layer, ctx.weight, ctx.probe = layer, layer.weight, layer.probe
+        ctx.layer, ctx.probe = layer, layer.probe
         ctx.shape, ctx.dtype = x.shape, x.dtype
         if layer.probe is not None or (master is not None and master.requires_grad):
             ctx.save_for_backward(q, scale)
-        return layer._product(x, q, scale)
+        return layer.logits(q, scale).reshape(*x.shape[:-1], layer.out_features).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -183,12 +235,9 @@ class _Int8Product(torch.autograd.Function):
         if ctx.probe is not None:
             ctx.probe(layer.name, dy.to(torch.float32), *ctx.saved_tensors)
         elif needs_master:
-            dw = weight_gradient(dy, *ctx.saved_tensors).to(cast(Tensor, layer.master).dtype)
-            layer._count("dw", dy.shape[0])
+            dw = layer.master_gradient(dy, *ctx.saved_tensors)
         if needs_x:
-            q, scale = layer.backend.quantize_tokens(dy, ctx.weight.scale.to(torch.float32))
-            dx = layer.backend.product_back(q, scale, ctx.weight.q).to(ctx.dtype).reshape(ctx.shape)
-            layer._count("dx", dy.shape[0])
+            dx = layer.input_gradient(dy).to(ctx.dtype).reshape(ctx.shape)
         if needs_bias:
             db = dy.sum(0, dtype=torch.float32)
         return dx, dw, db, None, None, None
@@ -197,32 +246,14 @@ class _Int8Product(torch.autograd.Function):
 _int8_product = cast(Callable[..., Tensor], _Int8Product.apply)
 
 
-def weight_gradient(dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """dw = dy^T x, float32 [out, in], from dy [n, out] and the quantised x; x is float only 1024 tokens at a time."""
-    dw = torch.empty(dy.shape[1], q.shape[1], dtype=torch.float32, device=q.device)
-    for start in range(0, max(1, q.shape[0]), DW_TOKENS):
+def weight_gradient(dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """dw = dy^T x, float32 [out, in], from dy [n, out] and the quantised x; x is float only 1024 tokens at a time.
+
+    out: float32 [out, in] to add dw to, in place.
+    """
+    dw = torch.zeros(dy.shape[1], q.shape[1], dtype=torch.float32, device=q.device) if out is None else out
+    for start in range(0, q.shape[0], DW_TOKENS):
         tokens = slice(start, start + DW_TOKENS)
         x = q[tokens].to(torch.float32).mul_(scale[tokens].unsqueeze(1))
-        dw.addmm_(dy[tokens].to(torch.float32).t(), x, beta=0.0 if start == 0 else 1.0)
+        dw.addmm_(dy[tokens].to(torch.float32).t(), x)
     return dw
-
-
-class Int8Embedding(nn.Module):
-    """Rows of an int8 table [vocabulary, width] as float32; the table may be the object a tied head holds."""
-
-    def __init__(self, weight: Int8Weight, padding_idx: int | None = None, embed_scale: float | None = None) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = weight.shape
-        self.weight = weight
-        self.padding_idx = padding_idx
-        self.embed_scale = embed_scale
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """float32 [..., width] of ids [...]; a padding id reads its row like any other. No gradient to the table."""
-        flat = ids.reshape(-1)
-        rows = self.weight.q.index_select(0, flat).to(torch.float32)
-        if self.weight.low is not None:
-            rows.add_(self.weight.low.index_select(0, flat).to(torch.float32), alpha=1 / LOW_STEPS)
-        scale = self.weight.scale.index_select(0, flat).to(torch.float32)
-        rows.mul_((scale if self.embed_scale is None else scale.mul_(self.embed_scale)).unsqueeze(1))
-        return rows.reshape(*ids.shape, self.embedding_dim)

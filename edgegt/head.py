@@ -1,0 +1,214 @@
+"""The output layer and its loss in chunks of positions, so that the logits of a batch never exist at once.
+
+    loss = sum_i logsumexp(l_i) - l_i[label_i],    l = f(x W^T + bias),    dl = f' (softmax(l) - onehot)
+
+The gradient of a summed cross-entropy needs nothing from above but one factor, so each chunk forms its gradients to the
+hidden states, the master and the bias while its logits exist, in their memory, and backward only multiplies. Positions
+without a label are left out of every product. Beside the stored gradients a chunk takes 6.0 to 6.4 bytes per logit, and
+8.3 where a weight has two planes or the logits a soft cap (9.3 with the float reference backend; all measured).
+f is what some models do to their logits: a factor (Cohere, Granite) and a soft cap, cap tanh(l / cap) (Gemma).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from edgegt.chunks import chunk_positions
+from edgegt.data.batches import IGNORE
+from edgegt.errors import InputError
+from edgegt.quant import Backend
+
+VERIFIED = 1e-4
+# Below e^-60 of the likeliest token nothing reaches a float32 sum, and denormal numbers make a CPU seven times slower.
+FAINTEST = -60.0
+
+
+class Head(Protocol):
+    """What the loss needs of an output layer; Int8Linear is one. master: what is trained of it, None when frozen."""
+
+    out_features: int
+    backend: Backend
+    master: Any
+    bias: Any
+
+    def logits(self, q: Tensor, scale: Tensor) -> Tensor:
+        """float32 [n, out] of a quantised input."""
+        ...
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """float32 [n, in] of dy [n, out]."""
+        ...
+
+    def master_gradient(self, dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        """float32, of the master's shape; added to `out` in place when given."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """l -> cap tanh(factor l / cap), or factor l without a cap."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def apply(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The mapped logits, in the memory of these without a cap, and the tanh that `back_` asks for."""
+        if self.cap is None:
+            return (logits if self.factor == 1.0 else logits.mul_(self.factor)), None
+        tanh = logits.mul_(self.factor / self.cap).tanh_()
+        return tanh * self.cap, tanh
+
+    def back_(self, gradient: Tensor, tanh: Tensor | None) -> Tensor:
+        """The gradient to the logits before the map, in place; `tanh` is overwritten."""
+        if tanh is not None:
+            gradient.mul_(tanh.square_().neg_().add_(1))
+        return gradient if self.factor == 1.0 else gradient.mul_(self.factor)
+
+
+def logit_map(module: Any) -> LogitMap:
+    """What this transformers model does to its logits, from its text config."""
+    config = module.config.get_text_config()
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return LogitMap(factor, None if cap is None else float(cap))
+
+
+def head_loss(module: Any, hidden: Tensor, labels: Tensor, lse: Tensor | None = None) -> Tensor:
+    """Sum of the cross-entropy in nats over labels [...] other than -100, of hidden states [..., in].
+
+    labels may stay on the CPU. lse: float32 [labelled positions], filled with the logsumexp of each.
+    The result can be differentiated once.
+    """
+    head: Head = module.get_output_embeddings()
+    labels = labels.reshape(-1)
+    at = (labels != IGNORE).nonzero().squeeze(1)
+    job = _Job(head, logit_map(module), at.to(hidden.device), labels[at].to(hidden.device), lse)
+    operands = (hidden.reshape(-1, hidden.shape[-1]), head.master, head.bias)
+    if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
+        return _head_loss(*operands, job)
+    return _run(job, operands[0], (False, False, False))[0]
+
+
+def base_model(module: Any) -> Any:
+    """The part of a causal language model below its output layer. Raises: InputError when there is none."""
+    base = getattr(module, getattr(module, "base_model_prefix", "") or " ", None)
+    if base is None:
+        raise InputError(f"{type(module).__name__} has no base model below its head: give a causal language model")
+    return base
+
+
+@torch.no_grad()
+def verify_head(module: Any, head: Head) -> None:
+    """Hold the head on the base model's output against the model's own logits, on five positions; nothing is metered.
+
+    Raises: InputError when they differ by more than 1e-4 of their size.
+    """
+    meter = getattr(module, "flop_meter", None)
+    device = next(module.parameters()).device
+    ids = torch.arange(1, 6, device=device).remainder_(head.out_features).unsqueeze(0)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with nullcontext() if meter is None else meter.off():
+        expected = module(**inputs).logits[0].to(torch.float32)
+        hidden = base_model(module)(**inputs).last_hidden_state[0]
+        logits = logit_map(module).apply(head.logits(*head.backend.quantize_tokens(hidden)))[0]
+    same_shape = logits.shape == expected.shape
+    error = float((logits - expected).norm() / expected.norm().clamp_min(1e-30)) if same_shape else float("inf")
+    if not error <= VERIFIED:
+        raise InputError(
+            f"{type(module).__name__} post-processes its logits in a way edgegt does not know: they differ by "
+            f"{error:.1e} from its head's (allowed {VERIFIED:.0e}); give another model"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """at: int64 [m], the labelled positions; labels: int64 [m], theirs."""
+
+    head: Head
+    map: LogitMap
+    at: Tensor
+    labels: Tensor
+    lse: Tensor | None
+
+
+@dataclass(eq=False)
+class _Gradients:
+    """Sums over the chunks so far; None for what is not asked for."""
+
+    hidden: Tensor | None = None
+    master: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def _run(job: _Job, hidden: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor, _Gradients]:
+    """The loss of hidden [n, in], and its gradients to hidden, master and bias where needed."""
+    head, device = job.head, hidden.device
+    found = _Gradients(
+        hidden=torch.zeros(hidden.shape, dtype=torch.float32, device=device) if needs[0] else None,
+        master=torch.zeros(head.master.shape, dtype=torch.float32, device=device) if needs[1] else None,
+        bias=torch.zeros(head.bias.shape, dtype=torch.float32, device=device) if needs[2] else None,
+    )
+    loss = torch.zeros((), device=device)
+    count = job.at.shape[0]
+    step = chunk_positions(head.out_features, count)
+    for start in range(0, count, step):
+        loss += _chunk(job, hidden, slice(start, start + step), found)
+    return loss, found
+
+
+def _chunk(job: _Job, hidden: Tensor, part: slice, found: _Gradients) -> Tensor:
+    """The loss of one chunk; its gradients are added to `found`."""
+    head, at, target = job.head, job.at[part], job.labels[part].unsqueeze(1)
+    q, scale = head.backend.quantize_tokens(hidden.index_select(0, at))
+    logits, tanh = job.map.apply(head.logits(q, scale))
+    picked = logits.gather(1, target)
+    top = logits.amax(1, keepdim=True)
+    size = logits.sub_(top).clamp_min_(FAINTEST).exp_().sum(1, keepdim=True)
+    lse = top.add_(size.log())
+    if job.lse is not None:
+        job.lse[part] = lse.squeeze(1)
+    if found.hidden is not None or found.master is not None or found.bias is not None:
+        softmax = logits.div_(size)
+        softmax.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=softmax.dtype))
+        gradient = job.map.back_(softmax, tanh)
+        del tanh
+        if found.hidden is not None:
+            found.hidden[at] = head.input_gradient(gradient)
+        if found.master is not None:
+            head.master_gradient(gradient, q, scale, found.master)
+        if found.bias is not None:
+            found.bias += gradient.sum(0)
+    return lse.sub_(picked).sum()
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The loss with all gradients formed forward; backward multiplies and gives them away."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, master: Tensor | None, bias: Tensor | None, job: _Job) -> Tensor:
+        ctx.dtype = hidden.dtype
+        loss, ctx.found = _run(job, hidden, ctx.needs_input_grad[:3])
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found: _Gradients | None = ctx.found
+        if found is None:
+            raise RuntimeError("the loss of the head was differentiated twice")
+        ctx.found = None
+        for gradient in (found.hidden, found.master, found.bias):
+            if gradient is not None:
+                gradient.mul_(grads[0])
+        hidden = None if found.hidden is None else found.hidden.to(ctx.dtype)
+        return hidden, found.master, found.bias, None
+
+
+_head_loss = cast(Callable[..., Tensor], _HeadLoss.apply)

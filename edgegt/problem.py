@@ -1,0 +1,274 @@
+"""What is planned: costs, importance, batches and budgets; and the integer case that each way to train makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+
+from edgegt.case import Case, Costs, Kept, Layer, bits
+from edgegt.cost import BatchShape, CostTable, Totals
+from edgegt.errors import InputError
+from edgegt.memory import (
+    Formats,
+    Setting,
+    Surroundings,
+    gradient_bytes,
+    logit_bytes,
+    peak_terms,
+    plane_bytes,
+    slack_bytes,
+    state_bytes,
+    worst_shape,
+    LIBRARY_BYTES,
+)
+from edgegt.rates import Rates
+
+FORMATS = (Formats("float32", "float32"), Formats("float32", "8-bit"), Formats("bfloat16", "8-bit"))
+FORMAT_WORTH = {"float32": 1.0, "bfloat16": 0.97}
+ROWS_WORTH = 0.97
+NANO = 10**9
+UNLIMITED_S = 10**9
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train: rows of a micro-batch, number formats, how many rows of the head are trained (None: all), and
+    whether layers may be recomputed.
+    """
+
+    micro_batch: int
+    formats: Formats
+    head_rows: int | None
+    recompute: bool = False
+
+    @property
+    def worth(self) -> float:
+        """What a choice trained this way is worth, as a share of the same choice in float32 with the whole head."""
+        return (1.0 if self.head_rows is None else ROWS_WORTH) * FORMAT_WORTH[self.formats.master]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What to plan: costs, importance per weight name (not above 0: never chosen), batches, and the budgets.
+
+    shapes: every batch the plan will train on. flops, seconds: what these may cost (seconds by `rates`; None: any).
+    memory_bytes: peak of the whole process. batch_size: rows of an optimizer step. formats, head_rows: the choices
+    that are allowed, the preferred first; head_rows are numbers of rows of the head, None for all of them.
+    """
+
+    table: CostTable
+    values: Mapping[str, float]
+    shapes: tuple[BatchShape, ...]
+    flops: int
+    memory_bytes: int
+    around: Surroundings
+    vocabulary: int
+    batch_size: int
+    formats: tuple[Formats, ...] = FORMATS
+    head_rows: tuple[int | None, ...] = (None,)
+    seconds: float | None = None
+    rates: Rates | None = None
+
+    def __post_init__(self) -> None:
+        if not self.shapes:
+            raise InputError("there is no batch to plan for: the data has no rows left; give more data or fewer --epochs")
+        if self.seconds is not None and self.rates is None:
+            raise ValueError("a time budget needs rates")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, one per batch."""
+        return len(self.shapes)
+
+    @cached_property
+    def totals(self) -> Totals:
+        """Sums over all batches."""
+        return Totals.of(self.shapes)
+
+    @cached_property
+    def full_flops(self) -> int:
+        """FLOPs of full fine-tuning on these batches."""
+        return self.table.full_work().over(self.totals)
+
+    @cached_property
+    def _tables(self) -> dict[int | None, CostTable]:
+        tables: dict[int | None, CostTable] = {None: self.table}
+        for rows in self.head_rows:
+            tables[rows] = self.table if rows is None else self.table.with_head_rows(rows)
+        return tables
+
+    @cached_property
+    def _worst(self) -> dict[int, BatchShape]:
+        return {}
+
+    def ways(self) -> list[Way]:
+        """Every way to train, the preferred first: whole head, rich formats, nothing recomputed, large micro-batches."""
+        sizes = [self.batch_size]
+        while sizes[-1] > 1:
+            sizes.append(sizes[-1] // 2)
+        choices = product(self.head_rows, self.formats, (False, True), sizes)
+        return [Way(size, formats, rows, recompute) for rows, formats, recompute, size in choices]
+
+    def table_of(self, way: Way) -> CostTable:
+        """The cost table with as many rows of the head as this way trains."""
+        return self._tables[way.head_rows]
+
+    def setting(self, way: Way) -> Setting:
+        """The batches and formats that a peak is predicted for."""
+        if way.micro_batch not in self._worst:
+            self._worst[way.micro_batch] = worst_shape(self.table, self.shapes, way.micro_batch, self.vocabulary)
+        worst = self._worst[way.micro_batch]
+        return Setting(worst, self.vocabulary, way.micro_batch < self.batch_size, way.formats)
+
+    def micro_batches(self, way: Way) -> int:
+        """Micro-batches of the whole run."""
+        return sum(-(-shape.rows // way.micro_batch) for shape in self.shapes)
+
+    def memory(self, way: Way, mask: int, recompute: tuple[int, ...]) -> dict[str, int]:
+        """The named terms of the peak of a choice."""
+        table = self.table_of(way)
+        names = [table.weights[bit].name for bit in bits(mask)]
+        return peak_terms(table, names, recompute, self.around, self.setting(way))
+
+    def spent_flops(self, way: Way, mask: int, recompute: tuple[int, ...]) -> int:
+        """The FLOPs of a choice over all batches."""
+        return self.table_of(way).train_work(mask, recompute).over(self.totals)
+
+    def spent_s(self, way: Way, mask: int, recompute: tuple[int, ...]) -> float | None:
+        """The predicted seconds of a choice over all batches, None without rates."""
+        if self.rates is None:
+            return None
+        table, count, rates = self.table_of(way), self.micro_batches(way), self.rates.of_states(way.formats.states)
+        return rates.run_s(table, mask, self.totals, self.steps, count, recompute)
+
+
+def case_of(problem: Problem, way: Way) -> Case:
+    """The integer case of one way to train. Budgets: FLOPs; bytes at the loss, when backward begins and when a layer is
+    recomputed; nanoseconds where seconds are limited.
+
+    Raises: InputError when no weight has an importance above 0.
+    """
+    return _Builder(problem, way).case()
+
+
+class _Builder:
+    def __init__(self, problem: Problem, way: Way) -> None:
+        self.problem, self.way = problem, way
+        self.table, self.setting = problem.table_of(way), problem.setting(way)
+        limited = problem.rates is not None and problem.seconds is not None
+        self.rates = problem.rates.of_states(way.formats.states) if limited and problem.rates else None
+        self.values = tuple(float(problem.values.get(weight.name, 0.0)) for weight in self.table.weights)
+        self.candidates = tuple(bit for bit, value in enumerate(self.values) if value > 0 and math.isfinite(value))
+        if not self.candidates:
+            raise InputError("no weight has an importance above 0, so none is worth training: check the data and --lr")
+
+    def case(self) -> Case:
+        table, worst = self.table, self.setting.worst
+        paths, kept = self._paths()
+        layers: list[Layer] = []
+        for index, layer in enumerate(table.layers):
+            flops, held = layer.forward.over(self.problem.totals), layer.input_bytes.at(worst)
+            seconds = self.rates.layer_s(layer, self.problem.totals) if self.rates else 0.0
+            peak = self._costs(0, 0, 0, table.layer_bytes(index).at(worst))
+            layers.append(Layer(layer.weights, self._costs(flops, held, held, held, seconds), peak))
+        case = Case(
+            values=self.values,
+            candidates=self.candidates,
+            costs=self._own(),
+            paths=paths,
+            left=self._left(),
+            kept=kept,
+            layers=tuple(layers),
+            blocks=tuple(weight.block for weight in table.weights),
+            vectors=frozenset(bit for bit, weight in enumerate(table.weights) if weight.kind == "vector"),
+        )
+        return case if self.way.recompute else case.without_recomputation()
+
+    def _costs(self, flops: int, loss: int, backward: int, again: int, seconds: float = 0.0) -> Costs:
+        budgets = (flops, loss, backward, again)
+        return (*budgets, math.ceil(seconds * NANO)) if self.rates else budgets
+
+    def _own(self) -> tuple[Costs, ...]:
+        """What each weight adds by itself; the head's gradient exists at the loss."""
+        problem, resting = self.problem, set(self.problem.around.demoted)
+        own = []
+        for weight in self.table.weights:
+            held = state_bytes(weight, self.setting.accumulate, self.setting.formats)
+            held -= plane_bytes(weight) if weight.name in resting else 0
+            head = gradient_bytes(weight) if weight.kind == "head" else 0
+            seconds = self.rates.trained_s(weight, problem.totals, problem.steps) if self.rates else 0.0
+            own.append(self._costs(weight.dw.over(problem.totals), held + head, held, held, seconds))
+        return tuple(own)
+
+    def _paths(self) -> tuple[tuple[tuple[int, Costs], ...], tuple[Kept, ...]]:
+        """Shared costs, with those of candidates only: paths, and bytes that recomputing a layer frees."""
+        problem, allowed = self.problem, sum(1 << bit for bit in self.candidates)
+        shared: dict[int, Costs] = {}
+        kept: dict[tuple[int, int], Costs] = {}
+        steps = [(mask, self._costs(0, 0, size, size)) for mask, size in self._gradient_steps()]
+        for path in self.table.paths:
+            flops, held = path.flops.over(problem.totals), path.saved_bytes.at(self.setting.worst)
+            seconds = self.rates.path_s(path, problem.totals) if self.rates else 0.0
+            if path.block < 0:
+                steps.append((path.weights, self._costs(flops, held, held, held, seconds)))
+                continue
+            steps.append((path.weights, self._costs(flops, 0, 0, 0, seconds)))
+            if held and path.weights & allowed:
+                key = path.weights & allowed, path.block
+                kept[key] = _sum(kept.get(key), self._costs(0, held, held, 0))
+        for mask, costs in steps:
+            if mask & allowed and any(costs):
+                shared[mask & allowed] = _sum(shared.get(mask & allowed), costs)
+        return tuple(shared.items()), tuple(Kept(mask, layer, costs) for (mask, layer), costs in kept.items())
+
+    def _gradient_steps(self) -> list[tuple[int, int]]:
+        """The largest gradient but the head's: each size step is paid once any weight at least that large is chosen."""
+        sizes = {
+            bit: gradient_bytes(self.table.weights[bit])
+            for bit in self.candidates
+            if self.table.weights[bit].kind != "head"
+        }
+        steps, below = [], 0
+        for size in sorted(set(sizes.values())):
+            steps.append((sum(1 << bit for bit in sizes if sizes[bit] >= size), size - below))
+            below = size
+        return steps
+
+    def _left(self) -> Costs:
+        problem, table, worst = self.problem, self.table, self.setting.worst
+        resting = set(problem.around.demoted)
+        room = problem.memory_bytes - problem.around.floor_bytes - LIBRARY_BYTES - table.base_bytes
+        room = _without_slack(room) - sum(plane_bytes(weight) for weight in table.weights if weight.name in resting)
+        logits, transient = logit_bytes(table, worst, problem.vocabulary), table.widest.at(worst)
+        flops = problem.flops - table.forward.over(problem.totals)
+        if self.rates is None or problem.seconds is None:
+            return flops, room - logits, room - transient, room - transient
+        fixed = self.rates.fixed_s(table, problem.totals, problem.steps, problem.micro_batches(self.way))
+        seconds = math.floor((problem.seconds - fixed) * NANO)
+        return flops, room - logits, room - transient, room - transient, seconds
+
+
+def unlimited(problem: Problem) -> Problem:
+    """The same problem with no limits."""
+    seconds = None if problem.seconds is None else float(UNLIMITED_S)
+    return replace(problem, flops=2 * problem.full_flops, memory_bytes=1 << 62, seconds=seconds)
+
+
+def _sum(before: Costs | None, costs: Costs) -> Costs:
+    return costs if before is None else tuple(a + b for a, b in zip(before, costs, strict=True))
+
+
+def _without_slack(room_bytes: int) -> int:
+    """The most bytes that, together with their slack, fit into `room_bytes`."""
+
+    def need(named: int) -> int:
+        return named + slack_bytes({"named": named})
+
+    low, high = -1, max(room_bytes, 0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if need(middle) <= room_bytes else (low, middle - 1)
+    return low
