@@ -1,8 +1,8 @@
 """What the planner is compared with: strategies that know less, cut down to the budgets that they do not know.
 
-`greentrainer-dp` is the selection of arXiv 2309.13192 as published (section 3.3, by a dynamic program over a grid of 1000
-time steps): tensors form a chain, FLOPs are the only budget, and a state that does not improve on skipping its tensor is
-lost, so that it is not optimal. What it chose is then cut down to the memory budget.
+`greentrainer-dp` is the selection of arXiv 2309.13192 as published (section 3.3, a dynamic program over a grid of 1000
+time steps): tensors form a chain, FLOPs are the only budget, and a state that does not improve on skipping its tensor
+is lost, so that it is not optimal. What it chose is then cut down to the memory budget.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 
-from edgegt.case import Case
-from edgegt.solver import Choice, drop, fill, relaxed_bound
+from edgegt.case import Case, bits
+from edgegt.solver import Choice, fill, relaxed_bound, share
 
 GRID_STEPS = 1000
 
@@ -48,7 +48,7 @@ def published(case: Case, seed: int = 0) -> Choice:
     dw, values = tuple(case.costs[bit][0] for bit in order), tuple(case.values[bit] for bit in order)
     first, dy = _chain(case, order)
     mask = sum(1 << order[position] for position in published_selection(dw, dy, values, case.left[0] - first))
-    cut = drop(case, mask)
+    cut = cut_down(case, mask)
     notes = ("the published selection was cut down to the budgets",) if cut != mask else ()
     if not cut:  # its grid rounds costs, or nothing of it fits
         cut = fill(case, 0, sorted(case.candidates, key=lambda bit: -case.values[bit]))
@@ -67,6 +67,23 @@ def random_layers(case: Case, seed: int = 0) -> Choice:
         if case.fits(whole):
             mask = whole
     return Choice(mask, case.value(mask), relaxed_bound(case))
+
+
+def cut_down(case: Case, mask: int) -> int:
+    """Drop weights, the least valuable per share of the budgets freed first, until every budget holds.
+
+    As `solver.drop`, for cases where nothing is left to recompute: hundreds of weights in a tenth of a second.
+    """
+    while mask and not case.fits(mask):
+        freed = {bit: list(case.costs[bit]) for bit in bits(mask)}
+        for weights, costs in case.paths:
+            using = weights & mask
+            if using.bit_count() == 1:
+                bit = using.bit_length() - 1
+                freed[bit] = [own + cost for own, cost in zip(freed[bit], costs, strict=True)]
+        worth = {bit: case.values[bit] / max(share(case, tuple(costs)), 1e-12) for bit, costs in freed.items()}
+        mask ^= 1 << min(worth, key=lambda bit: worth[bit])
+    return mask
 
 
 def from_the_loss(case: Case) -> list[int]:

@@ -151,18 +151,45 @@ def _add_plan(commands: Any, name: str) -> None:
     parser = commands.add_parser(name, help="what would be trained and what it would cost", prog="edgegt plan")
     _add_options(parser)
     parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
+    parser.add_argument(
+        "--explain", action="store_true", help="where memory, FLOPs and time go, what each budget costs, alternatives"
+    )
+    parser.add_argument(
+        "--frontier", nargs="?", const="frontier.png", metavar="FILE.png",
+        help="draw what 40 pairs of budgets could reach (default file: frontier.png); with --json the numbers too",
+    )  # fmt: skip
     parser.set_defaults(handler=_plan)
 
 
 def _plan(parsed: argparse.Namespace) -> int:
     options = _options(parsed)
-    from edgegt.outlook import look_ahead, outlook_text
+    if parsed.frontier is not None:
+        from edgegt.report.frontier import check_png, write_png
 
-    outlook = look_ahead(options, Log(parsed.quiet or parsed.json))
+        check_png(Path(parsed.frontier))
+    from edgegt.outlook import outlook_text, prospect
+
+    log = Log(parsed.quiet)
+    found = prospect(options, Log(parsed.quiet or parsed.json))
+    outlook = dict(found.outlook)
+    if not parsed.json:
+        print(outlook_text(outlook), flush=True)
+    if parsed.explain and found.plan is not None:
+        from edgegt.explain import explain, explained_text
+
+        outlook["explained"] = explain(found.problem, found.plan, found.probe_flops, found.probe_s, log.say)
+        if not parsed.json:
+            print(f"\n{explained_text(outlook['explained'])}", flush=True)
+    if parsed.frontier is not None:
+        from edgegt.frontier import frontier_of
+
+        frontier = frontier_of(found.problem, found.probe_flops, found.plan, say=log.say)
+        outlook["frontier"] = frontier.to_json()
+        title = f"{Path(outlook['model']['name']).name} on {outlook['device']}"
+        path = write_png(frontier, Path(parsed.frontier), title)
+        log.say(f"frontier: {path}")
     if parsed.json:
         _print_json(outlook)
-    else:
-        print(outlook_text(outlook))
     return 0 if outlook["fits"] else 2
 
 

@@ -23,11 +23,13 @@ class BatchShape:
     """Rows, tokens per row (padded), and positions per row that reach the head.
 
     Of an encoder-decoder, `tokens` are the encoder's and `kept` the decoder's, all of which reach the head.
+    labelled: how many of all rows' kept positions have a label, on which alone the head runs; 0 where unknown: all.
     """
 
     rows: int
     tokens: int
     kept: int
+    labelled: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Totals:
             row += shape.rows
             token += shape.rows * shape.tokens
             pair += shape.rows * shape.tokens**2
-            kept += shape.rows * shape.kept
+            kept += shape.labelled or shape.rows * shape.kept
             cross += shape.rows * shape.tokens * shape.kept
             kept_pair += shape.rows * shape.kept**2
         return cls(row, token, pair, kept, cross, kept_pair)

@@ -64,6 +64,9 @@ def attach(model: nn.Module, meter: FlopMeter) -> None:
         module.__dict__["flop_meter"] = meter  # not a parameter, buffer or submodule
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             module.register_forward_hook(_count_linear)
+        own = type(module).__name__.endswith("Attention") and not getattr(model, "_supports_attention_backend", False)
+        if own and any(hasattr(part, "in_features") for part in module.children()):
+            module.register_forward_hook(_count_own_attention)
 
 
 def _counted_attention(
@@ -71,7 +74,10 @@ def _counted_attention(
 ) -> tuple[torch.Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    out, weights = sdpa_attention_forward(module, query, key, value, mask, **options)
+    if options.get("softcap"):
+        out = _capped_attention(query, key, value, mask, float(options["softcap"]), options.get("scaling"))
+    else:
+        out, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
     meter: FlopMeter | None = getattr(module, "flop_meter", None)
     if meter is not None:
         product = 2 * prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
@@ -80,7 +86,39 @@ def _counted_attention(
             needed = [query.requires_grad, key.requires_grad, value.requires_grad]
             back = product * (sum(needed) + (needed[0] or needed[1]))
             out.register_hook(lambda gradient: meter.add("attention_back", back))
-    return out, weights
+    return out, None
+
+
+def _count_own_attention(module: Any, inputs: tuple[torch.Tensor, ...], outputs: Any) -> None:
+    """Count the attention of an architecture that does not let it be replaced (BLOOM, Falcon), from its input's shape."""
+    meter: FlopMeter = module.flop_meter
+    hidden, out = inputs[0], outputs[0] if isinstance(outputs, tuple) else outputs
+    product = 2 * hidden.shape[0] * hidden.shape[1] ** 2 * hidden.shape[2]
+    meter.add("attention", 2 * product)
+    *into, _ = [part for part in module.children() if hasattr(part, "in_features")]
+    reached = hidden.requires_grad or any(p.requires_grad for part in into for p in part.parameters())
+    if out.requires_grad and reached:
+        out.register_hook(lambda gradient: meter.add("attention_back", 4 * product))
+
+
+def _capped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, cap: float, scaling: float | None
+) -> torch.Tensor:
+    """Attention whose scores are capped, cap tanh(s / cap) (Gemma 2), which torch's kernel does not know.
+
+    query [B, H, T, D], key and value [B, H or fewer, S, D], mask boolean or additive; the result is [B, T, H, D].
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / cap) * cap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask[..., : scores.shape[-1]], torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask[..., : scores.shape[-1]]
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous()
 
 
 def _count_linear(module: Any, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ what the layers above it kept is gone. All three are planned.
     recomputed   the largest recomputed layer, while its backward runs (nothing when the peak is at the loss)
     logits       one chunk of supervised positions, and the head's gradient to its input (nothing when it is later)
     transient    the widest product of the layers (nothing when the peak is at the loss)
+    fragments    with accumulation, holes in the heap where a micro-batch's small tensors lay between lasting ones
     slack        allocator fragmentation and what the model does not name: a share of the tensors above, and a constant
 
 Bytes everywhere. On a discrete GPU the same terms hold for device memory, with the floor of the CUDA context.
@@ -35,9 +36,10 @@ GRADIENT_BYTES = 4
 LOGIT_BYTES = 9
 HIDDEN_BYTES = 13
 SMALL_TENSOR = 4096
-SLACK_SHARE = 0.08
+SLACK_SHARE = 0.04
 SLACK_BYTES = 6 * MIB
-LIBRARY_BYTES = 19 * MIB
+LIBRARY_BYTES = 16 * MIB
+FRAGMENTS_PERCENT = 12
 MASTER_BYTES = {"float32": 4, "bfloat16": 2}
 _UNNAMED = ("floor", "base", "libraries", "slack")
 
@@ -93,8 +95,13 @@ def plane_bytes(weight: Weight) -> int:
 
 def state_bytes(weight: Weight, accumulate: bool, formats: Formats) -> int:
     """Bytes that training this tensor adds for as long as the round lasts."""
-    gradient = GRADIENT_BYTES * weight.numel if accumulate else 0
-    return master_bytes(weight, formats) + plane_bytes(weight) + optimizer_bytes(weight, formats) + gradient
+    state = master_bytes(weight, formats) + plane_bytes(weight) + optimizer_bytes(weight, formats)
+    return state + GRADIENT_BYTES * weight.numel if accumulate else state
+
+
+def fragment_bytes(weight: Weight, accumulate: bool, formats: Formats) -> int:
+    """Bytes of the heap that training this tensor leaves unusable; seen with accumulation only."""
+    return FRAGMENTS_PERCENT * state_bytes(weight, accumulate, formats) // 100 if accumulate else 0
 
 
 def gradient_bytes(weight: Weight) -> int:
@@ -166,6 +173,7 @@ def peak_terms(
     terms["optimizer"] = sum(optimizer_bytes(weight, setting.formats) for weight in chosen)
     terms["demoted"] = sum(plane_bytes(weight) for weight in resting)
     terms["gradients"] = GRADIENT_BYTES * sum(weight.numel for weight in chosen) if setting.accumulate else 0
+    terms["fragments"] = sum(fragment_bytes(weight, setting.accumulate, setting.formats) for weight in chosen)
     phase = max(_phases(table, mask, chosen, recompute, setting), key=lambda phase: sum(phase.values()))
     terms |= phase | {"gradients": terms["gradients"] + phase["gradients"]}
     terms["slack"] = slack_bytes(terms)

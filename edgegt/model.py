@@ -103,7 +103,7 @@ def skeleton(config: Any) -> Any:
     with _NoMatrices():
         try:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-        except ValueError:
+        except (ValueError, KeyError):  # an architecture with attention of its own
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
 
 

@@ -15,6 +15,7 @@ from edgegt.memory import (
     Formats,
     Setting,
     Surroundings,
+    fragment_bytes,
     gradient_bytes,
     logit_bytes,
     peak_terms,
@@ -197,6 +198,7 @@ class _Builder:
         own = []
         for weight in self.table.weights:
             held = state_bytes(weight, self.setting.accumulate, self.setting.formats)
+            held += fragment_bytes(weight, self.setting.accumulate, self.setting.formats)
             held -= plane_bytes(weight) if weight.name in resting else 0
             head = gradient_bytes(weight) if weight.kind == "head" else 0
             seconds = self.rates.trained_s(weight, problem.totals, problem.steps) if self.rates else 0.0

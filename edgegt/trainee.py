@@ -302,13 +302,13 @@ class Int8Trainee:
             self.meter, setup.watch,
         )  # fmt: skip
         before = self.progress.train_s, self.progress.step
-        with recomputed(self._layers(), chosen.recompute) as inputs:
+        with recomputed(self._layers(), chosen.recompute):
             train_round(parts, recipe, batches, chosen.micro_batch, index, self.progress, self.folder.metrics,
                         self.log.step)  # fmt: skip
         done = self.progress.step - before[1]
         if done:
             self.slowness = max(0.8, (self.progress.train_s - before[0]) / done / self._expected_s)
-        self.terms["activations"] = self.progress.kept_bytes + inputs.total_bytes
+        self.terms["activations"] = self.progress.kept_bytes
 
 def interrupted(progress: Progress, steps: int, folder: RunFolder) -> Interrupted:
     """What the user is told after a signal: how far the run came and where its work is."""

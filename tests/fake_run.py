@@ -8,6 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from edgegt.cost import BatchShape, Block, CostTable, Weight, Work
+from edgegt.cost import Path as Edge
 from edgegt.units import GIB, MIB
 
 MATRICES = {
@@ -47,19 +49,86 @@ def candidates(layers: int, chance: random.Random, wanted: float) -> list[dict[s
     return found
 
 
+def fake_table(layers: int) -> CostTable:
+    """The cost table of a small Llama with the tensors of `candidates`: residual paths, stages, layers to recompute."""
+    width, inner, vocabulary = 288, 768, 4096
+    shapes = {"self_attn": (width, width), "mlp.gate": (inner, width), "mlp.up": (inner, width),
+              "mlp.down": (width, inner)}  # fmt: skip
+    weights: list[Weight] = []
+    edges: list[Edge] = []
+    blocks: list[Block] = []
+    for found in candidates(layers, random.Random(7), 1.0):
+        if found["kind"] == "linear":
+            shape = next(shape for part, shape in shapes.items() if part in found["name"])
+        else:
+            shape = (vocabulary, width) if found["kind"] == "head" else (width,)
+        bit, numel = 1 << len(weights), found["numel"]
+        dw = Work(kept=2 * numel) if found["kind"] == "head" else Work(token=2 * numel * (found["kind"] == "linear"))
+        weights.append(Weight(found["name"], found["kind"], found["block"], shape, len(weights), dw))
+        layer = found["block"] if found["block"] < layers else -1
+        kept = shape[1] if found["kind"] == "linear" else 4 * width
+        edges.append(Edge(bit, Work(), Work(token=kept), layer))
+    per_layer = len(MATRICES) + len(NORMS)
+    linear = 2 * sum(MATRICES.values())
+    for layer in range(layers):
+        below = (1 << per_layer * (layer + 1)) - 1
+        edges.append(Edge(below, Work(token=linear, pair=8 * width), Work(token=24 * width), layer))
+        blocks.append(Block(Work(token=linear, pair=4 * width), Work(token=4 * width), below))
+    head = Work(kept=2 * vocabulary * width)
+    edges.append(Edge((1 << per_layer * layers) - 1, head, Work(kept=4 * width)))
+    forward = Work(token=layers * linear, pair=layers * 4 * width) + head
+    count = sum(weight.numel for weight in weights)
+    return CostTable(
+        layers, tuple(weights), tuple(edges), tuple(blocks), forward, head, count, count, 4 * count,
+        Work(token=9 * inner),
+    )  # fmt: skip
+
+
+def fake_importance(table: CostTable) -> dict[str, float]:
+    """An importance for each weight, larger towards the loss."""
+    chance = random.Random(3)
+    return {w.name: chance.lognormvariate(0, 0.8) * (w.block + 2) * w.numel**0.5 for w in table.weights}
+
+
+def record_problem(folder: Path, layers: int) -> None:
+    """Add what a report needs to plan again: costs.json, and the problem of the first round in plan-0.json."""
+    table = fake_table(layers)
+    shapes = [[8, 96, 24, 150], [8, 64, 16, 50]]
+    full = sum(count * table.full_work().at(BatchShape(*shape)) for *shape, count in shapes)
+    path = folder / "plan-0.json"
+    first, run = json.loads(path.read_text()), json.loads((folder / "run.json").read_text())
+    selected = [weight.name for weight in table.weights if weight.block >= layers - 1]
+    for found in first["candidates"]:
+        found["selected"] = found["name"] in selected
+    first["selected"], first["predicted"]["flops"] = selected, full * 45 // 100
+    first["predicted"]["peak_bytes"], first["memory"] = 118 * MIB, {"floor": 60 * MIB, "base": 58 * MIB}
+    first["problem"] = {
+        "shapes": shapes, "flops": full * 48 // 100, "memory_bytes": 130 * MIB, "batch_size": 8, "vocabulary": 4096,
+        "floor_bytes": 60 * MIB, "demoted": [], "head_rows": [None, 700],
+        "formats": [{"master": "float32", "states": "8-bit"}, {"master": "bfloat16", "states": "8-bit"}],
+    }  # fmt: skip
+    path.write_text(json.dumps(first))
+    run["budget"]["flops"] = full // 2
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "costs.json").write_text(json.dumps(table.to_json()))
+
+
 def fake_run(folder: Path, layers: int = 8, rounds: int = 3, steps: int = 200) -> Path:
-    """A finished run folder such as `edgegt run` leaves."""
+    """A finished run folder such as `edgegt run` leaves, but for what `record_problem` adds."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(7)
-    terms = {"floor": 431 * MIB, "libraries": 16 * MIB, "base": 14 * MIB, "logits": 96 * MIB, "transient": 22 * MIB,
+    terms = {"floor": 431 * MIB, "libraries": 16 * MIB, "base": 14 * MIB, "logits": 0, "transient": 87 * MIB,
              "masters": 88 * MIB, "planes": 44 * MIB, "optimizer": 46 * MIB, "gradients": 9 * MIB, "demoted": 12 * MIB,
-             "activations": 208 * MIB, "slack": 52 * MIB}  # fmt: skip
+             "activations": 208 * MIB, "recomputed": 31 * MIB, "slack": 52 * MIB}  # fmt: skip
+    held = {"base": 14 * MIB, "masters": 88 * MIB, "planes": 44 * MIB, "optimizer": 45 * MIB, "demoted": 12 * MIB,
+            "activations": 197 * MIB}  # fmt: skip
     predicted, budget, full = sum(terms.values()), int(1.25 * GIB), 812_000_000_000_000
     for index in range(rounds):
         listed = candidates(layers, chance, 0.75 - 0.15 * (index % 3))
         first = index * steps // rounds
         plan = {"round": index, "first_step": first, "steps": (index + 1) * steps // rounds - first,
                 "strategy": "greentrainer", "selected": [c["name"] for c in listed if c["selected"]], "recompute": [],
+                "formats": {"master": "float32", "states": "8-bit"}, "head_rows": 700 if index else None,
                 "micro_batch": 8, "accumulation": 1, "value": 3.1, "optimality_gap": 0.0004, "candidates": listed,
                 "predicted": {"flops": full // 6, "flops_ratio": 0.481, "peak_bytes": predicted, "step_s": 0.31},
                 "budget": {"flops": full // 2, "memory_bytes": budget}, "memory": terms, "notes": []}  # fmt: skip
@@ -91,6 +160,7 @@ def fake_run(folder: Path, layers: int = 8, rounds: int = 3, steps: int = 200) -
                      "floor_bytes": terms["floor"] + 3 * MIB, "step_s": 0.33, "tokens_per_s": 2402.5, "train_s": 66.4,
                      "elapsed_s": 92.0, "probe_flops": full * 21 // 1000},
         "full_flops": full, "strategy": "greentrainer", "backend": "torch", "threads": 2, "memory_terms": terms,
+        "measured_terms": held,
         "fallbacks": ["bitsandbytes' kernels do not run here: the torch backend is used"],
         "power": {"watts": 15.0, "source": "profile", "mode": "15W"}, "finished": True,
     }  # fmt: skip

@@ -25,7 +25,8 @@ LAYERS = {
     "parts of a run": "train evaluate checkpoint selection importance patch speed budget job",
     "model and data": "model trace graph architecture head loss optimizer flops store source data quant",
     "surroundings": "folder log watch home process",
-    "without torch": "calibrated chunks options device profile host cost rates memory planner strategies value",
+    "without torch": "calibrated chunks options device profile host cost rates memory planner strategies value"
+    " explain frontier",
     "ground": "errors units version",
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}

@@ -293,9 +293,8 @@ def test_caps_and_factors_of_real_architectures(family: str, tmp_path: Path) -> 
 def test_logits_processed_in_another_way_are_refused(tmp_path: Path) -> None:
     """HyperCLOVA X multiplies by the number that Granite divides by."""
     save_model(tmp_path / "model", HyperCLOVAXConfig(**_GROUPED, logits_scaling=4.0))
-    model = load(tmp_path / "model", tmp_path / "cache")
     with pytest.raises(InputError, match=r"post-processes its logits .* differ by 9\.4e-01 .* give another model"):
-        verify_head(model.module, model.linears[model.head])
+        load(tmp_path / "model", tmp_path / "cache")
 
 
 def test_a_model_without_a_base_is_refused() -> None:

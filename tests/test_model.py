@@ -35,7 +35,7 @@ def test_int8_logits_are_close_to_float_logits(family: str, tmp_path: Path) -> N
     batch = batch_of(6)
     expected, found = logits_of(reference, batch), logits_of(model.module, batch)
     assert found.shape == expected.shape
-    assert float((found - expected).norm() / expected.norm()) < 0.03
+    assert float((found - expected).norm() / expected.norm()) < 0.04
 
 
 @pytest.mark.parametrize("family", FAMILIES)

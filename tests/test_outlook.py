@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import LlamaConfig, OPTConfig, Qwen2Config
+from transformers import LlamaConfig, OPTConfig, Qwen2Config, T5Config
 
+from edgegt.device import Resolved
 from edgegt.errors import InputError
 from edgegt.log import Log
 from edgegt.options import RunOptions
-from edgegt.outlook import PROXY, look_ahead, outlook_text
-from edgegt.profile import profile_names
+from edgegt.outlook import (
+    DEFAULT_HEAD_ROWS,
+    PROXY,
+    _ranges,
+    batches_of,
+    look_ahead,
+    outlook_of,
+    outlook_text,
+    prospect,
+)
+from edgegt.profile import load_profile, profile_names, profiles_dir
+from edgegt.trace import trace
 
 CONFIGS = {
     "Llama-2-7B": (LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
@@ -55,11 +67,92 @@ def test_what_does_not_fit_is_said_with_the_smallest_that_would(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", profile_names())
-def test_every_profile_answers(device: str, tmp_path: Path) -> None:
-    for name in CONFIGS:
-        outlook = look_ahead(RunOptions(device=device, model=_folder(tmp_path, name)), Log(quiet=True))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_profile_answers(name: str, tmp_path: Path) -> None:
+    config, model = CONFIGS[name][0], _folder(tmp_path, name)
+    table = trace(config)
+    for device in profile_names():
+        options, profile = RunOptions(device=device, model=model), load_profile(profiles_dir() / f"{device}.toml")
+        batches = batches_of(options, model, config)
+        resolved = Resolved(profile, None, False)
+        outlook = outlook_of(options, resolved, profile.budget_bytes, table, config, name, batches)
         assert outlook["fits"] == (outlook["smallest_bytes"] <= outlook["budget"]["memory_bytes"])
+
+
+def _small(tmp_path: Path, **changes: Any) -> str:
+    """A small Llama's folder: its head has many more rows than the default batch has different tokens."""
+    settings = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+    LlamaConfig(**settings, vocab_size=4 * DEFAULT_HEAD_ROWS, **changes).save_pretrained(tmp_path / "small")
+    return str(tmp_path / "small")
+
+
+def _look(model: str, **changes: Any) -> dict[str, Any]:
+    return look_ahead(RunOptions(device="jetson-orin-nano-8gb", model=model, steps=10, **changes), Log(quiet=True))
+
+
+def test_what_is_decided_is_said_in_the_tree_and_in_the_text(tmp_path: Path) -> None:
+    outlook = _look(_small(tmp_path), memory="720MiB")
+    predicted, budget, text = outlook["predicted"], outlook["budget"], outlook_text(outlook)
+    assert sum(outlook["memory"].values()) == predicted["peak_bytes"]["expected"] <= budget["memory_bytes"]
+    assert outlook["micro_batch"] * outlook["accumulation"] >= 8
+    assert set(outlook["formats"]) == {"master", "states"} and isinstance(outlook["recompute"], list)
+    assert f"micro-batch {outlook['micro_batch']}" in text
+    assert f"{outlook['formats']['master']} masters, {outlook['formats']['states']} AdamW states" in text
+    assert (f"{len(outlook['recompute'])} of 4 layers recomputed" in text) == bool(outlook["recompute"])
+    assert ("no layer recomputed" in text) == (not outlook["recompute"])
+    assert outlook["head"] and ("rows of the head" in text or "the whole head" in text)
+    assert "8192 different tokens" in outlook["batch"]
+    assert predicted["energy_j"]["expected"] == pytest.approx(
+        predicted["watts"] * (predicted["train_s"]["expected"] + predicted["probe_s"])
+    )
+    assert predicted["tokens_per_s"] == pytest.approx(10 * 8 * 256 / predicted["train_s"]["expected"])
+    for word in ("trained", "how", "FLOPs", "memory", "time", "energy", "tokens/s", "best possible choice"):
+        assert word in text
+
+
+def test_few_rows_of_the_head_are_trained_where_the_whole_does_not_fit(tmp_path: Path) -> None:
+    outlook = _look(_small(tmp_path), memory="690MiB")
+    assert outlook["head_rows"] == DEFAULT_HEAD_ROWS and "8192 rows of the head" in outlook_text(outlook)
+    assert outlook["trained_parameters"] < outlook["model"]["parameters"]
+
+
+def test_time_and_energy_are_budgets(tmp_path: Path) -> None:
+    model = _small(tmp_path)
+    free = _look(model)
+    assert free["budget"]["seconds"] is None
+    whole = free["predicted"]["train_s"]["expected"] + free["predicted"]["probe_s"]
+    held = _look(model, time=f"{0.8 * whole:.6f}s")
+    assert held["budget"]["seconds"] == pytest.approx(0.8 * whole)
+    assert held["predicted"]["train_s"]["expected"] + held["predicted"]["probe_s"] <= 0.8 * whole * (1 + 1e-6)
+    assert "at most" in outlook_text(held)
+    joules = 0.8 * whole * free["predicted"]["watts"]
+    assert _look(model, energy=f"{joules:.6f}J")["budget"]["seconds"] == pytest.approx(0.8 * whole, rel=1e-4)
+    refused = _look(model, time="0.01s")
+    assert not refused["fits"] and "--time" in refused["refusal"]
+
+
+def test_an_encoder_decoder_is_planned(tmp_path: Path) -> None:
+    T5Config(
+        vocab_size=320, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_decoder_layers=3, num_heads=4,
+        decoder_start_token_id=0,
+    ).save_pretrained(tmp_path / "t5")  # fmt: skip
+    outlook = _look(str(tmp_path / "t5"))
+    assert outlook["fits"] and "256 encoder and 64 decoder tokens" in outlook["batch"]
+    rate = 10 * 8 * (256 + 64) / outlook["predicted"]["train_s"]["expected"]
+    assert outlook["predicted"]["tokens_per_s"] == pytest.approx(rate)
+
+
+def test_a_prospect_holds_what_its_outlook_was_made_of(tmp_path: Path) -> None:
+    found = prospect(RunOptions(device="jetson-orin-nano-8gb", model=_small(tmp_path), steps=10), Log(quiet=True))
+    assert found.plan is not None
+    assert list(found.plan.selected) == found.outlook["selected"]
+    assert found.problem.flops + found.probe_flops == found.outlook["budget"]["flops"]
+    assert found.plan.flops + found.probe_flops == found.outlook["predicted"]["flops"]["expected"]
+
+
+def test_layers_are_said_as_ranges() -> None:
+    assert _ranges([7, 0, 1, 2, 3]) == "0 to 3, 7"
+    assert _ranges([]) == ""
 
 
 def test_full_is_not_planned(tmp_path: Path) -> None:

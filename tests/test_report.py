@@ -15,13 +15,13 @@ import pytest
 
 from edgegt.cost import BatchShape
 from edgegt.errors import EdgegtError, InputError
-from edgegt.memory import Surroundings, peak_terms
+from edgegt.memory import Setting, Surroundings, peak_terms
 from edgegt.report import write_report
 from edgegt.report.charts import TERM_COLOURS
 from edgegt.report.words import TERM_MEANINGS
 from edgegt.trace import trace
 from edgegt.units import MIB, format_bytes
-from fake_run import EXAMPLES, fake_run
+from fake_run import EXAMPLES, fake_run, record_problem
 from tiny_models import FAMILIES
 
 CONTRACT = {
@@ -390,8 +390,8 @@ def test_a_page_that_cannot_be_written_is_said_and_leaves_nothing_half_done(tmp_
 
 
 def test_every_term_of_the_memory_model_has_a_meaning_and_a_colour(tmp_path: Path) -> None:
-    worst, table = BatchShape(1, 8, 4), trace(FAMILIES["llama"]())
-    terms = peak_terms(table, [table.weights[0].name], Surroundings(10**6), worst, 320, accumulate=False)
+    table, setting = trace(FAMILIES["llama"]()), Setting(BatchShape(1, 8, 4), 320, accumulate=False)
+    terms = peak_terms(table, [table.weights[0].name], (), Surroundings(10**6), setting)
     folder = fake_run(tmp_path / "run", layers=1, rounds=1, steps=4)
     change(folder, "run.json", memory_terms=terms)
     write_report(folder)
@@ -416,3 +416,84 @@ def test_an_eighty_layer_run_of_many_steps_is_a_page_of_moderate_size(tmp_path: 
     folder = fake_run(tmp_path / "run", layers=80, rounds=4, steps=5000)
     write_report(folder)
     assert (folder / "report.html").stat().st_size < 2 * MIB
+
+
+def test_terms_stand_beside_what_was_measured_of_them(whole: Path) -> None:
+    report, text = report_of(whole), " ".join(text_of(page_of(whole)).split())
+    assert report["measured_terms"] == json.loads((whole / "run.json").read_text())["measured_terms"]
+    assert "Training at its largest, which is in the backward of a recomputed layer, term by term" in text
+    assert "8.48 % 88.0 MiB" in text and "20 % 197.0 MiB" in text
+    for name in set(report["memory_terms"]) - set(report["measured_terms"]):
+        assert (f"{TERM_MEANINGS[name]} " in text) == bool(report["memory_terms"][name])
+    assert text.count("not separable") == sum(
+        bool(size) for name, size in report["memory_terms"].items() if name not in report["measured_terms"]
+    )
+
+
+def test_without_measured_terms_there_is_no_column_for_them(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", layers=1, rounds=1, steps=4)
+    change(folder, "run.json", measured_terms={})
+    write_report(folder)
+    assert "not separable" not in page_of(folder)
+
+
+def test_formats_and_recomputed_layers_of_a_round_are_said(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", layers=2, rounds=2, steps=20)
+    change(folder, "plan-1.json", recompute=[0, 1], formats={"master": "bfloat16", "states": "8-bit"})
+    write_report(folder)
+    text = text_of(page_of(folder))
+    assert "float32, 8-bit" in text and "bfloat16, 8-bit; 700 rows of the head" in text
+    assert "2 layers recomputed" in text
+    rounds = report_of(folder)["rounds"]
+    assert rounds[1]["recompute"] == [0, 1] and rounds[1]["formats"]["master"] == "bfloat16"
+    assert [found["head_rows"] for found in rounds] == [None, 700]
+
+
+def test_the_frontier_of_a_run_is_drawn_and_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fake_run(tmp_path / "run", layers=3, rounds=1, steps=20)
+    record_problem(folder, 3)
+    write_report(folder)
+    page = page_of(folder)
+    assert "What other budgets could reach" in page and len(pictures(page)) == 7
+    assert "130.0 MiB (budget)" in page and "this plan: " in page
+    for picture in pictures(page):
+        ElementTree.fromstring(picture)
+    stored = json.loads((folder / "frontier.json").read_text())
+    assert stored["rho"] == pytest.approx(0.5, abs=1e-6) and len(stored["points"]) == 5
+    monkeypatch.setattr("edgegt.report.reach.frontier_of", pytest.fail)
+    write_report(folder)
+    assert page_of(folder) == page
+
+
+@pytest.mark.parametrize("damage", ["no problem", "no costs", "costs", "shapes", "names", "strategy", "frontier.json"])
+def test_a_frontier_that_cannot_be_known_is_left_out(damage: str, tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", layers=2, rounds=1, steps=20)
+    record_problem(folder, 2)
+    plan = json.loads((folder / "plan-0.json").read_text())
+    if damage == "no costs":
+        (folder / "costs.json").unlink()
+    elif damage == "costs":
+        (folder / "costs.json").write_text('{"blocks": ')
+    elif damage == "no problem":
+        change(folder, "plan-0.json", problem=None)
+    elif damage == "shapes":
+        change(folder, "plan-0.json", problem={**plan["problem"], "shapes": [["many", 1]]})
+    elif damage == "names":
+        change(folder, "plan-0.json", selected=["nobody.weight"])
+    elif damage == "strategy":
+        change(folder, "plan-0.json", strategy="last-layers")
+    else:
+        (folder / "frontier.json").write_text('{"rhos": [0.5], "points": 3}')
+    write_report(folder)
+    page = page_of(folder)
+    assert ("What other budgets could reach" in page) == (damage == "frontier.json"), "a damaged one is made again"
+    assert len(pictures(page)) == (7 if damage == "frontier.json" else 6)
+
+
+@pytest.mark.parametrize("bad", [None, 3, "text", [1, 2], {"base": "large", "slack": None, "masters": math.nan}])
+def test_fields_of_another_kind_do_not_break_the_report(bad: Any, tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", layers=1, rounds=1, steps=4)
+    change(folder, "run.json", memory_terms=bad, measured_terms=bad)
+    change(folder, "plan-0.json", formats=bad, head_rows=bad, problem=bad)
+    write_report(folder)
+    assert set(report_of(folder)) >= CONTRACT

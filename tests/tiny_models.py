@@ -61,15 +61,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt-neox": lambda: GPTNeoXConfig(**_WIDE, max_position_embeddings=128),
     "gemma3": lambda: Gemma3TextConfig(**_GROUPED, head_dim=16, sliding_window=8),
     "smollm": lambda: LlamaConfig(**_ONE_OF_THREE, max_position_embeddings=128, tie_word_embeddings=True),
-}  # fmt: skip
-
-# What can be planned and not yet be loaded in int8.
-TRACED_ONLY: dict[str, Callable[[], Any]] = {
     "bloom": lambda: BloomConfig(**_IDS, hidden_size=64, n_layer=3, n_head=4),
     "gemma2": lambda: Gemma2Config(**_GROUPED, head_dim=16, sliding_window=8),
     "falcon": lambda: FalconConfig(**_FALCON, new_decoder_architecture=False, parallel_attn=True),
     "falcon-grouped": lambda: FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2),
     "falcon-alibi": lambda: FalconConfig(**_FALCON, alibi=True, multi_query=False, parallel_attn=False, bias=True),
+}  # fmt: skip
+
+# What can be planned and not yet be loaded in int8.
+TRACED_ONLY: dict[str, Callable[[], Any]] = {
     "t5": lambda: T5Config(**_T5, num_layers=3),
     "flan-t5": lambda: T5Config(
         **_T5, num_layers=2, num_decoder_layers=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False,

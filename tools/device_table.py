@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from shapes import SHAPES, write_config
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # after PYTHONPATH, which may name another copy
 
+from edgegt.cost import CostTable
+from edgegt.device import Resolved
 from edgegt.errors import InputError
-from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.profile import Profile, load_profile, profile_names, profiles_dir
 from edgegt.units import GIB, format_bytes
@@ -44,10 +46,23 @@ REFUSAL_LETTERS = 90
 
 def plan_on(shape: str, folder: Path, profile: Profile) -> dict[str, Any]:
     """The outlook of one shape on one device, as `edgegt plan --json` prints it. Raises: InputError when refused."""
-    from edgegt.outlook import look_ahead
+    from edgegt.outlook import batches_of, outlook_of
 
-    options = RunOptions(device=profile.name, model=str(folder / shape), batch_size=ROWS, max_length=TOKENS)
-    return look_ahead(options, Log(quiet=True))
+    model = str(folder / shape)
+    options = RunOptions(device=profile.name, model=model, batch_size=ROWS, max_length=TOKENS)
+    table, config = traced(model)
+    device, batches = Resolved(profile, None, False), batches_of(options, model, config)
+    return outlook_of(options, device, profile.budget_bytes, table, config, model, batches)
+
+
+@cache
+def traced(model: str) -> tuple[CostTable, Any]:
+    """The cost table and the config of a model, which are the same on every device."""
+    from edgegt.source import read_config
+    from edgegt.trace import trace
+
+    config = read_config(model, for_run=False)
+    return trace(config), config
 
 
 def cells(profile: Profile, outlook: dict[str, Any]) -> dict[str, str]:
@@ -62,7 +77,7 @@ def cells(profile: Profile, outlook: dict[str, Any]) -> dict[str, str]:
         "recomputed": str(len(recomputed) if isinstance(recomputed, list) else recomputed),
         "micro-batch": str(outlook["micro_batch"]), "peak": _gib(predicted["peak_bytes"]["expected"]),
         "FLOPs": f"{predicted['flops_ratio']:.0%}",
-        "tokens/s": _three_digits(ROWS * TOKENS / predicted["step_s"]["expected"]),
+        "tokens/s": _three_digits(predicted["tokens_per_s"]),
     }  # fmt: skip
 
 

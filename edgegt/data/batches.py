@@ -70,7 +70,8 @@ def shape_of(examples: Sequence[Example], max_length: int | None = None) -> Batc
     kept = max(len(example.targets) for example in examples)
     rounded = -(-longest // TOKENS_STEP) * TOKENS_STEP
     tokens = rounded if max_length is None else max(longest, min(rounded, max_length))
-    return BatchShape(len(examples), tokens, min(-(-kept // KEPT_STEP) * KEPT_STEP, tokens))
+    labelled = sum(len(example.targets) for example in examples)
+    return BatchShape(len(examples), tokens, min(-(-kept // KEPT_STEP) * KEPT_STEP, tokens), labelled)
 
 
 def collate(examples: Sequence[Example], pad_id: int, max_length: int | None = None) -> Batch:
@@ -86,8 +87,7 @@ def collate(examples: Sequence[Example], pad_id: int, max_length: int | None = N
         attention_mask[row, first:] = 1
         position_ids[row, first:] = torch.arange(len(example.inputs))
         labels[row, shape.kept - len(example.targets) :] = torch.tensor(example.targets, dtype=torch.int64)
-    supervised = sum(len(example.targets) for example in examples)
-    return Batch(input_ids, attention_mask, position_ids, labels, shape, supervised)
+    return Batch(input_ids, attention_mask, position_ids, labels, shape, shape.labelled)
 
 
 def split_micro(batch: Batch, rows: int) -> list[Batch]:
@@ -97,11 +97,12 @@ def split_micro(batch: Batch, rows: int) -> list[Batch]:
 
 def _rows(batch: Batch, start: int, stop: int) -> Batch:
     labels = batch.labels[start:stop]
+    labelled = int((labels != IGNORE).sum())
     return Batch(
         batch.input_ids[start:stop],
         batch.attention_mask[start:stop],
         batch.position_ids[start:stop],
         labels,
-        BatchShape(stop - start, batch.shape.tokens, batch.shape.kept),
-        int((labels != IGNORE).sum()),
+        BatchShape(stop - start, batch.shape.tokens, batch.shape.kept, labelled),
+        labelled,
     )

@@ -93,7 +93,10 @@ def quantize_tokens(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, T
 
 def scale_product(product: Tensor, scale: Tensor, weight_scale: Tensor | None = None) -> Tensor:
     """scale[:, None] * product * weight_scale as float32, in the memory of the int32 product."""
-    result = product.view(torch.float32).copy_(product).mul_(scale.unsqueeze(1))
+    # Not product.view(float32): what is a view may not be changed in place where autograd follows (Falcon does).
+    result = torch.empty(0, dtype=torch.float32, device=product.device)
+    result.set_(product.untyped_storage(), product.storage_offset(), product.shape, product.stride())
+    result.copy_(product).mul_(scale.unsqueeze(1))
     return result if weight_scale is None else result.mul_(weight_scale)
 
 

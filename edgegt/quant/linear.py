@@ -110,8 +110,10 @@ class Int8Linear(nn.Module):
             master = nn.Parameter(torch.empty(0, device=x.device))
         operands = (x, master, self.bias)
         if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
-            return _int8_product(*operands, q, scale, self)
-        return self.logits(q, scale).reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+            y = _int8_product(*operands, q, scale, self)
+        else:
+            y = self.logits(q, scale).to(x.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def promote(self, master: Tensor) -> None:
         """Train this weight: `master` [out, in] (float32 or bfloat16) becomes a parameter, not a copy."""
@@ -223,7 +225,7 @@ class _Int8Product(torch.autograd.Function):
         ctx.shape, ctx.dtype = x.shape, x.dtype
         if layer.probe is not None or (master is not None and master.requires_grad):
             ctx.save_for_backward(q, scale)
-        return layer.logits(q, scale).reshape(*x.shape[:-1], layer.out_features).to(x.dtype)
+        return layer.logits(q, scale).to(x.dtype)
 
     @staticmethod
     @once_differentiable

@@ -25,7 +25,7 @@ from edgegt.report.facts import RunFacts, number
 from edgegt.units import GIB, MIB, format_bytes
 
 INK, MUTED, LINE, ACCENT, PREDICTED, BUDGET, PALE = (f"#{i:02x}{i:02x}01" for i in range(1, 8))
-TERM_COLOURS = tuple(f"#07{i:02x}02" for i in range(12))
+TERM_COLOURS = tuple(f"#07{i:02x}02" for i in range(13))
 _VARIABLES = {
     **{INK: "ink", MUTED: "muted", LINE: "line", ACCENT: "accent", PREDICTED: "guess", BUDGET: "limit", PALE: "paper"},
     **{colour: f"term-{i}" for i, colour in enumerate(TERM_COLOURS)},
@@ -140,7 +140,7 @@ def _limit_line(axes: Axes, limit: float, text: str, side: Literal["right", "cen
 
 def memory_bar(terms: Mapping[str, int], budget: float | None) -> str:
     """One stacked bar of the named terms of training, with the budget as a line."""
-    figure, axes = canvas(1000, 82, 2, 2, 26, 28)
+    figure, axes = canvas(1000, 82, 2, 24, 26, 28)
     start = 0.0
     unit, unit_name = scale(max(sum(terms.values()), budget or 0))
     for index, value in enumerate(terms.values()):

@@ -194,8 +194,14 @@ def energy_basis(facts: RunFacts) -> str | None:
 
 def memory_terms(facts: RunFacts) -> Tree:
     """The terms of training at its largest: the run's, or those of the plan that needs most where it wrote none."""
-    plans = [plan["memory"] for plan in facts.plans if plan.get("memory")]
-    return facts.part("memory_terms") or max(plans, key=lambda terms: sum(terms.values()), default={})
+    plans = [_bytes_by_name(plan.get("memory")) for plan in facts.plans]
+    largest = max(plans, key=lambda terms: sum(terms.values()), default={})
+    return _bytes_by_name(facts.run.get("memory_terms")) or largest
+
+
+def _bytes_by_name(tree: Any) -> Tree:
+    """Those entries of a tree that are sizes; empty for anything else."""
+    return {key: value for key in tree if (value := number(tree, key)) is not None} if isinstance(tree, dict) else {}
 
 
 def build_report(facts: RunFacts) -> Tree:
@@ -219,6 +225,7 @@ def build_report(facts: RunFacts) -> Tree:
         "backend": facts.run.get("backend"),
         "full_flops": facts.run.get("full_flops"),
         "memory_terms": memory_terms(facts),
+        "measured_terms": _bytes_by_name(facts.run.get("measured_terms")),
         "data": {key: value for key, value in facts.part("data").items() if key != "examples"},
         **_energy_keys(facts),
     }
@@ -228,7 +235,7 @@ def build_report(facts: RunFacts) -> Tree:
 
 def _round(plan: Tree) -> Tree:
     """One round as the contract has it, and how long and how large it was."""
-    kept = ("round", "first_step", "steps", "accumulation", "predicted", "optimality_gap")
+    kept = ("round", "first_step", "steps", "accumulation", "formats", "head_rows", "predicted", "optimality_gap")
     return {
         "selected": list(plan.get("selected") or ()),
         "recompute": list(plan.get("recompute") or ()),

@@ -13,22 +13,30 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from edgegt.frontier import Frontier
 from edgegt.report import charts, words
 from edgegt.report.charts import Bar
 from edgegt.report.facts import RunFacts, number
+from edgegt.report.frontier import frontier_svg
 from edgegt.report.grid import draw_tensors
 from edgegt.units import format_bytes
 
 Tree = Mapping[str, Any]
 
 
-def render(facts: RunFacts, report: Tree) -> str:
-    """The page as text; `report` is what `build_report` returned."""
+def render(facts: RunFacts, report: Tree, frontier: Frontier | None = None) -> str:
+    """The page as text; `report` is what `build_report` returned, `frontier` the run's where it is known."""
     source = resources.files("edgegt.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     model, device = report["model"].get("name", "model"), words.device_title(report["device"])
     return environment.from_string(source).render(
-        title=f"{model} on {device}", facts=facts, report=report, **_texts(facts, report), **_pictures(facts, report)
+        title=f"{model} on {device}",
+        facts=facts,
+        report=report,
+        frontier=None if frontier is None else Markup(frontier_svg(frontier)),
+        frontier_notes=[] if frontier is None else words.frontier_notes(frontier),
+        **_texts(facts, report),
+        **_pictures(facts, report),
     )
 
 
@@ -40,7 +48,8 @@ def _texts(facts: RunFacts, report: Tree) -> dict[str, Any]:
         "asked": words.asked_rows(facts),
         "flops_rows": words.flops_rows(report),
         "memory_rows": words.memory_rows(report),
-        "terms": words.term_rows(report["memory_terms"], number(report["predicted"], "peak_bytes")),
+        "terms": words.term_rows(_terms(report), number(report["predicted"], "peak_bytes"), report["measured_terms"]),
+        "memory_lead": words.memory_lead(report["memory_terms"]),
         "rounds": words.round_rows(facts.plans),
         "costs": words.cost_rows(facts, report),
         "cost_notes": words.cost_notes(facts),
@@ -52,8 +61,13 @@ def _texts(facts: RunFacts, report: Tree) -> dict[str, Any]:
     }
 
 
+def _terms(report: Tree) -> dict[str, int]:
+    """The terms of the predicted peak that are not nothing."""
+    return {name: value for name, value in report["memory_terms"].items() if value}
+
+
 def _pictures(facts: RunFacts, report: Tree) -> dict[str, Markup | None]:
-    terms, limit = report["memory_terms"], number(report["budget"], "memory_bytes")
+    terms, limit = _terms(report), number(report["budget"], "memory_bytes")
     drawings = {
         "flops_bars": _flops_bars(report),
         "memory_bars": _memory_bars(report),

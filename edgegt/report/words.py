@@ -8,25 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edgegt.explain import TERM_MEANINGS, phase_of
+from edgegt.frontier import Frontier
 from edgegt.report.facts import CO2_KG_PER_KWH, CO2_SOURCE, RunFacts, energy, energy_basis, full_time, number
 from edgegt.units import format_bytes, format_duration, format_flops
 
 MAX_EXAMPLES = 8
 UNKNOWN = "not known"
-TERM_MEANINGS = {
-    "floor": "interpreter, libraries and tokenised data: held before the model",
-    "base": "the frozen int8 model with scales, norms and biases",
-    "masters": "float32 masters of the trained tensors",
-    "planes": "int8 planes that the trained tensors' products read",
-    "optimizer": "AdamW states of the trained tensors",
-    "gradients": "gradients that exist at one time",
-    "demoted": "planes of tensors trained in an earlier round",
-    "activations": "what the forward pass keeps for backward",
-    "logits": "head output on the supervised positions",
-    "transient": "the widest single product",
-    "libraries": "what libraries load on first use, after the floor was measured",
-    "slack": "allowance for fragmentation and unnamed buffers",
-}
 Tree = Mapping[str, Any]
 Row = tuple[str, ...]
 
@@ -181,43 +169,86 @@ def _flops(tree: Tree, key: str) -> str:
     return UNKNOWN if value is None else format_flops(value)
 
 
-def term_rows(terms: Tree, predicted_peak: float | None) -> list[Row]:
-    """Each term of training: name, meaning, bytes, share of the sum; the sum; the predicted peak if it is another."""
+def term_rows(terms: Tree, predicted_peak: float | None, found: Tree) -> list[Row]:
+    """Each term of training: name, meaning, bytes predicted, share of the sum, bytes measured; then the sum, and the
+    predicted peak if it is another. found: the terms that were measured; no row has the last column without any.
+    """
     total = sum(terms.values()) or 1
     rows: list[Row] = [
-        (name, TERM_MEANINGS.get(name, ""), format_bytes(value), percent(value / total))
+        (name, TERM_MEANINGS.get(name, ""), format_bytes(value), percent(value / total), _measured_term(found, name))
         for name, value in terms.items()
     ]
     if not rows:
         return []
-    if predicted_peak is None or predicted_peak == total:
-        meaning = "the terms of training" if predicted_peak is None else "the terms of training: the predicted peak"
-        return [*rows, ("sum", meaning, format_bytes(total), "100 %")]
-    peak = ("predicted peak", "the largest of training, evaluation and importance", format_bytes(predicted_peak), "")
-    return [*rows, ("sum", "the terms of training", format_bytes(total), "100 %"), peak]
+    meaning = "the terms of training" if predicted_peak != total else "the terms of training: the predicted peak"
+    rows.append(("sum", meaning, format_bytes(total), "100 %", ""))
+    if predicted_peak is not None and predicted_peak != total:
+        meaning = "the largest of training, evaluation and importance"
+        rows.append(("predicted peak", meaning, format_bytes(predicted_peak), "", ""))
+    return rows if found else [row[:4] for row in rows]
+
+
+def _measured_term(found: Tree, name: str) -> str:
+    value = number(found, name)
+    return "not separable" if value is None else format_bytes(value)
+
+
+def memory_lead(terms: Tree) -> str:
+    """When the predicted peak of training is."""
+    return f"Training at its largest, which is {phase_of(terms)}, term by term, as predicted."
+
+
+def frontier_notes(frontier: Frontier) -> list[str]:
+    """What the picture of the frontier shows, and what it does not."""
+    count = len(frontier.rhos) * len(frontier.memories)
+    return [
+        f"{count} pairs of budgets, planned with the importance measured before the first step of this run.",
+        "Each line is one memory budget; a point shows the best plan in the leanest number formats.",
+        "The diamond is the plan of the first round.",
+    ]
 
 
 def round_rows(plans: Sequence[Tree]) -> list[Row]:
-    """One row per round: number, steps, tensors, parameters, batch, FLOPs, peak, gap to the optimum."""
+    """One row per round: number, steps, tensors, parameters, formats, batch, FLOPs, peak, gap to the optimum."""
     return [_round_row(plan) for plan in plans]
 
 
 def _round_row(plan: Tree) -> Row:
     first, steps = int(plan.get("first_step") or 0), int(plan.get("steps") or 0)
     candidates = plan.get("candidates") or ()
-    trained = sum(int(candidate.get("numel") or 0) for candidate in candidates if candidate.get("selected"))
+    trained = sum(_trained_numel(candidate, plan) for candidate in candidates if candidate.get("selected"))
     selected, recompute = plan.get("selected") or (), plan.get("recompute") or ()
     predicted, gap = plan.get("predicted") or {}, number(plan, "optimality_gap")
     return (
         str(plan.get("round", "")),
         f"{first}–{first + steps}",
-        f"{len(selected)} of {len(candidates)}" + (f", {len(recompute)} blocks recomputed" if recompute else ""),
+        f"{len(selected)} of {len(candidates)}" + (f", {len(recompute)} layers recomputed" if recompute else ""),
         _count(trained),
+        _formats(plan),
         f"{plan.get('micro_batch', '?')} × {plan.get('accumulation', 1)}",
         percent(number(predicted, "flops_ratio")),
         _bytes(predicted, "peak_bytes"),
         "" if gap is None else f"{100 * gap:.2g} %",
     )
+
+
+def _trained_numel(candidate: Tree, plan: Tree) -> int:
+    """Elements of a trained tensor: of the head, those of its trained rows."""
+    numel, rows = int(number(candidate, "numel") or 0), number(plan, "head_rows")
+    problem = plan.get("problem")
+    vocabulary = number(problem, "vocabulary") if isinstance(problem, Mapping) else None
+    if candidate.get("kind") == "head" and rows is not None and vocabulary:
+        return int(numel * rows / vocabulary)
+    return numel
+
+
+def _formats(plan: Tree) -> str:
+    """'bfloat16, 8-bit; 812 rows of the head', as far as the plan says so."""
+    formats, rows = plan.get("formats"), number(plan, "head_rows")
+    parts = []
+    if isinstance(formats, Mapping):
+        parts.append(f"{formats.get('master', '?')}, {formats.get('states', '?')}")
+    return "; ".join([*parts, *([] if rows is None else [f"{rows:.0f} rows of the head"])])
 
 
 def cost_rows(facts: RunFacts, report: Tree) -> list[Row]:
