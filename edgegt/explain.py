@@ -27,6 +27,7 @@ TERM_MEANINGS = {
     "recomputed": "one recomputed layer, while its backward runs",
     "logits": "head output on the supervised positions, in chunks",
     "transient": "the widest single product",
+    "fragments": "holes in the heap between tensors that outlive a micro-batch",
     "libraries": "what libraries load on first use, after the floor was measured",
     "slack": "allowance for fragmentation and unnamed buffers",
 }

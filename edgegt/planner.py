@@ -23,6 +23,7 @@ __all__ = ["FORMATS", "STRATEGIES", "Formats", "Plan", "Problem", "Smallest", "W
 
 Strategy = Callable[[Case, int, float], Choice]
 WAY_GAP = 2 * RELATIVE_GAP
+MEMORY = (1, 2, 3)  # the budgets of a case that are bytes
 
 _SIMPLER: dict[str, Callable[[Case, int], Choice]] = {
     "greentrainer-dp": published,
@@ -214,16 +215,19 @@ def _frugal(ways: list[Way]) -> list[Way]:
 def _smallest(cases: _Cases) -> Smallest:
     problem = cases.problem
     names = [weight.name for weight in problem.table.weights]
-    peaks: list[tuple[int, str]] = []
+    peaks: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
     cheapest: list[tuple[int, float, str]] = []
     for way in _frugal(problem.ways()):
         case = cases.of(way)
         for recompute in (range(0), case.every_layer):
             alone = case.alone(recompute)
-            allowed = [bit for bit in alone if _affordable(alone[bit], case.left)] or list(alone)
-            lightest = min(allowed, key=lambda bit: max(alone[bit][row] - case.left[row] for row in (1, 2, 3)))
-            again = case.taking_part(1 << lightest, recompute)
-            peaks.append((sum(problem.memory(way, 1 << lightest, again).values()), names[lightest]))
+            affordable = [bit for bit in alone if _affordable(alone[bit], case.left)]
+            for candidates, by_others in ((affordable, True), (list(alone), False)):
+                if candidates:
+                    lightest = min(candidates, key=lambda bit: max(alone[bit][row] - case.left[row] for row in MEMORY))
+                    again = case.taking_part(1 << lightest, recompute)
+                    peak = sum(problem.memory(way, 1 << lightest, again).values())
+                    peaks[by_others].append((peak, names[lightest]))
         alone = case.alone()
         least = min(alone, key=lambda bit: alone[bit][0])
         forward = problem.flops - case.left[0]
@@ -233,12 +237,13 @@ def _smallest(cases: _Cases) -> Smallest:
         cheapest.append((forward + alone[least][0], seconds, names[least]))
     flops, _, flops_weight = min(cheapest)
     seconds = min(seconds for _, seconds, _ in cheapest)
-    return Smallest(min(peaks)[0], flops, min(peaks)[1], flops_weight, seconds)
+    memory, memory_weight = min(peaks[True] or peaks[False])
+    return Smallest(memory, flops, memory_weight, flops_weight, seconds)
 
 
 def _affordable(costs: tuple[int, ...], left: tuple[int, ...]) -> bool:
     """Whether the budgets other than memory allow it."""
-    return all(cost <= room for row, (cost, room) in enumerate(zip(costs, left, strict=True)) if row not in (1, 2, 3))
+    return all(cost <= room for row, (cost, room) in enumerate(zip(costs, left, strict=True)) if row not in MEMORY)
 
 
 def _refuse(cases: _Cases, strategy: str) -> None:

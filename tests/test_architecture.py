@@ -22,11 +22,11 @@ LAYERS = {
     "command line": "cli __main__",
     "order": "run",
     "stages": "calibrate full trainee prepare use outlook doctor report",
-    "parts of a run": "train evaluate checkpoint selection importance patch speed budget job",
+    "parts of a run": "train recompute evaluate checkpoint selection importance patch speed budget job",
     "model and data": "model trace graph architecture head loss optimizer flops store source data quant",
     "surroundings": "folder log watch home process",
-    "without torch": "calibrated chunks options device profile host cost rates memory planner strategies value"
-    " explain frontier",
+    "without torch": "calibrated chunks options device profile host cost rates memory case solver"
+    " baselines problem planner value explain frontier",
     "ground": "errors units version",
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}

@@ -164,7 +164,7 @@ def test_model_and_data_go_together(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "--batchsize", "4"], "unknown option '--batchsize' (did you mean '--batch-size'?)"),
         (["run", "--steps", "many"], "--steps"),
         (["run", "--steps"], "expected one argument"),
-        (["run", "--strategy", "greedy"], "'greedy' is not one of greentrainer, last-layers, random, full"),
+        (["run", "--strategy", "greedy"], "'greedy' is not one of greentrainer, greentrainer-dp, last-layers, bias, random, full"),
         (["devices", "shwo"], "invalid choice: 'shwo'"),
         (["devices", "show"], "needs a name"),
         (["devices", "show", "rtx-3060"], "unknown"),

@@ -391,3 +391,14 @@ def test_input_that_cannot_be_planned_is_refused() -> None:
 def test_planning_writes_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
     plan(tightened(problem_of(llama_table(6), random.Random(13), 4), 0.5, 0.2))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_way_that_other_budgets_rule_out_does_not_make_the_least_memory() -> None:
+    """With little FLOPs only the rows of the head are affordable: the refusal is about memory, and its number holds."""
+    whole = dataclasses.replace(problem_of(llama_table(4), random.Random(15), 1), head_rows=(None, 64))
+    least = smallest(whole).rho_flops
+    scarce = dataclasses.replace(whole, flops=least, memory_bytes=smallest(whole).memory_bytes)
+    with pytest.raises(BudgetError, match="no weight can be trained within") as refused:
+        plan(dataclasses.replace(scarce, memory_bytes=scarce.memory_bytes // 2))
+    assert refused.value.smallest_bytes is not None
+    assert plan(dataclasses.replace(scarce, memory_bytes=refused.value.smallest_bytes)).selected

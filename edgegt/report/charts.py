@@ -25,7 +25,7 @@ from edgegt.report.facts import RunFacts, number
 from edgegt.units import GIB, MIB, format_bytes
 
 INK, MUTED, LINE, ACCENT, PREDICTED, BUDGET, PALE = (f"#{i:02x}{i:02x}01" for i in range(1, 8))
-TERM_COLOURS = tuple(f"#07{i:02x}02" for i in range(13))
+TERM_COLOURS = tuple(f"#07{i:02x}02" for i in range(14))
 _VARIABLES = {
     **{INK: "ink", MUTED: "muted", LINE: "line", ACCENT: "accent", PREDICTED: "guess", BUDGET: "limit", PALE: "paper"},
     **{colour: f"term-{i}" for i, colour in enumerate(TERM_COLOURS)},
