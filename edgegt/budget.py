@@ -33,6 +33,8 @@ class Probes:
 
 PROBE_SHARE = 0.05
 PROBE_ROWS = (4, 64)
+# Evaluation and the report take time too, and predicted seconds may be short.
+TIME_MARGIN = 1.6
 ANSWER_TOKENS = 96
 
 
@@ -152,17 +154,24 @@ def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:
     )
 
 
-def check_time(seconds: float | None, options: RunOptions, need: Need, schedule: Schedule, probes: Probes) -> None:
-    """Raises: BudgetError, with the least that would do, when the cheapest training takes longer than `seconds`."""
+def check_time(
+    seconds: float | None, spent_s: float, options: RunOptions, need: Need, schedule: Schedule, probes: Probes
+) -> None:
+    """Hold the time budget of the whole run, of which `spent_s` are gone, against the cheapest training.
+
+    Raises: BudgetError, with the least that would do.
+    """
     if seconds is None:
         return
     probing = probe_seconds(need, schedule, probes)
     least = smallest(_anything(options, need, schedule, seconds)).seconds + probing
-    if least > seconds:
+    if least + spent_s > seconds:
+        needed = math.ceil(TIME_MARGIN * (least + spent_s))
         raise BudgetError(
-            f"the cheapest training takes about {format_duration(least)} here, and {format_duration(seconds)} are left "
-            f"for it: give --time {math.ceil(least / 60)}m or more, or fewer --steps or --epochs",
-            smallest_s=least,
+            f"the cheapest training takes about {format_duration(least)} here, after {format_duration(spent_s)} of "
+            f"preparation, and the run may take {format_duration(seconds)}: give --time {needed}s or more (or --energy "
+            "to match), or fewer --steps or --epochs",
+            smallest_s=needed,
         )
 
 

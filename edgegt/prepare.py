@@ -123,7 +123,7 @@ def prepare(options: RunOptions, log: Log) -> Setup:
         started=started, seconds=options.seconds_of(resolved.profile),
     )  # fmt: skip
     if options.strategy != "full":
-        check_time(setup.seconds_left, options, need, schedule, probes)
+        check_time(setup.seconds, time.perf_counter() - started, options, need, schedule, probes)
     return setup
 
 

@@ -26,7 +26,7 @@ from edgegt.memory import Formats, plane_bytes, state_bytes
 from edgegt.model import load_int8
 from edgegt.optimizer import AdamW, schedule
 from edgegt.patch import save_patch
-from edgegt.planner import Plan, Problem, plan
+from edgegt.planner import Plan, Problem, plan, smallest
 from edgegt.prepare import Setup
 from edgegt.process import trim
 from edgegt.quant import Int8Embedding, Int8Linear
@@ -41,6 +41,8 @@ from edgegt.version import __version__
 
 # Predicted steps were 0.77 to 1.27 times the measured ones; before the first step is measured the cautious end counts.
 FIRST_GUESS = 1.3
+# Where time is too short for all steps: what a plan that is still worth making takes, of the cheapest one's seconds.
+CHEAP = 1.15
 
 
 class Int8Trainee:
@@ -58,6 +60,7 @@ class Int8Trainee:
         self.head_rows = setup.need.head_rows
         self.slowness = FIRST_GUESS
         self.after_s = 0.0
+        self.last_step = setup.schedule.steps
         self.terms: dict[str, int] = {}
         self._base_bytes = self._planes_of_base()
         self.complete = False
@@ -90,6 +93,8 @@ class Int8Trainee:
                 save_checkpoint(folder.path / "checkpoint", self.trainables, position)
                 if self.progress.stop is not None:
                     raise interrupted(self.progress, setup.schedule.steps, folder)
+                if self.progress.step == self.last_step < setup.schedule.steps:
+                    break
                 if self.progress.late:
                     done, total = self.progress.step, setup.schedule.steps
                     self.log.fallback(f"the time budget ended training after step {done} of {total}")
@@ -167,6 +172,7 @@ class Int8Trainee:
             ),
             around=replace(setup.need.around, demoted=demoted), formats=self.formats, head_rows=self.head_rows,
         )  # fmt: skip
+        problem = self._within_time(problem, first)
         try:
             self._chosen = self._planned(problem, index)
         except InputError as error:
@@ -175,6 +181,19 @@ class Int8Trainee:
             self.log.fallback(f"round {index + 1} keeps the tensors of the round before: {error}")
         self.problem = problem
         return self._chosen
+
+    def _within_time(self, problem: Problem, first: int) -> Problem:
+        """The problem; where its time allows no training of all steps, with the time of a cheap one, of fewer steps."""
+        self.last_step = self.setup.schedule.steps
+        if problem.seconds is None:
+            return problem
+        needed = CHEAP * smallest(problem).seconds
+        if needed > problem.seconds:
+            self.last_step = first + max(1, int(problem.steps * problem.seconds / needed))
+            total = self.setup.schedule.steps
+            self.log.fallback(f"the time budget allows about {self.last_step} of {total} steps: the rest is left out")
+            return replace(problem, seconds=needed)
+        return problem
 
     def _planned(self, problem: Problem, index: int) -> Plan:
         """The plan; where no tensor of measured importance fits, of any that does."""
@@ -285,9 +304,9 @@ class Int8Trainee:
         setup, options = self.setup, self.setup.options
         batches = [
             (epoch, collate([setup.corpus.train[i] for i in indices], setup.pad_id, options.max_length))
-            for epoch, indices in setup.schedule.batches[first : first + steps]
+            for epoch, indices in setup.schedule.batches[first : min(first + steps, self.last_step)]
         ]
-        total, table = setup.schedule.steps, setup.need.table
+        total, table = self.last_step, setup.need.table
         if chosen.head_rows is not None:
             table = table.with_head_rows(chosen.head_rows)
         mask = table.mask(chosen.selected)

@@ -143,7 +143,8 @@ def random_instance(seed: int) -> Problem:
         table = tests.llama_table(draw.randint(2, 13), draw.choice((64, 256)), draw.choice((128, 768)), 500)
     problem: Problem = tests.problem_of(table, draw, draw.choice((1, 2)))
     problem = dataclasses.replace(problem, head_rows=draw.choice(((None,), (None, 60), (60,))))
-    return tightened(problem, draw.uniform(0.4, 1.0), draw.uniform(0.0, 0.8))
+    least = 1.0001 * smallest(problem).rho_flops / problem.full_flops
+    return tightened(problem, draw.uniform(least, max(1.0, 1.2 * least)), draw.uniform(0.0, 0.8))
 
 
 def spent(problem: Problem, found: Plan) -> tuple[int, int]:
