@@ -167,10 +167,11 @@ def check_time(
     least = smallest(_anything(options, need, schedule, seconds)).seconds + probing
     if least + spent_s > seconds:
         needed = math.ceil(TIME_MARGIN * (least + spent_s))
+        before = f" after {format_duration(spent_s)} of preparation" if spent_s >= 1 else ""
         raise BudgetError(
-            f"the cheapest training takes about {format_duration(least)} here, after {format_duration(spent_s)} of "
-            f"preparation, and the run may take {format_duration(seconds)}: give --time {needed}s or more (or --energy "
-            "to match), or fewer --steps or --epochs",
+            f"the cheapest training takes about {format_duration(least)}{before}, and the run may take "
+            f"{format_duration(seconds)}: give --time {needed}s or more (or --energy to match), or fewer --steps or "
+            "--epochs",
             smallest_s=needed,
         )
 

@@ -157,7 +157,7 @@ def prospect_of(
     try:
         flops_budget(rho, options, need, schedule, probes)
         check_memory(memory_bytes, options, need, schedule)
-        check_time(seconds, options, need, schedule, probes)
+        check_time(seconds, 0.0, options, need, schedule, probes)
         chosen = plan(problem, options.strategy, options.seed)
     except BudgetError as error:
         refusal = str(error)

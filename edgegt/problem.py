@@ -28,7 +28,7 @@ from edgegt.memory import (
 from edgegt.rates import Rates
 
 FORMATS = (Formats("float32", "float32"), Formats("float32", "8-bit"), Formats("bfloat16", "8-bit"))
-FORMAT_WORTH = {"float32": 1.0, "bfloat16": 0.97}
+FORMAT_WORTH = {"float32": 1.0, "bfloat16": 0.99}
 ROWS_WORTH = 0.97
 NANO = 10**9
 UNLIMITED_S = 10**9

@@ -25,7 +25,7 @@ from edgegt.case import Case, Costs, bits
 
 RELATIVE_GAP = 1e-3
 EXACT_BELOW = 40
-NODE_LIMIT = 2000
+NODE_LIMIT = 1000
 ROW_SCALE = 1e4
 _stdout_lock = threading.Lock()
 
@@ -62,7 +62,10 @@ def joint(case: Case, seed: int = 0, at_least: float = 0.0) -> Choice:
     alone = {bit: share(case, costs) for bit, costs in case.alone(recompute).items()}
     mask = fill(case, mask, sorted(alone, key=lambda bit: alone[bit] / case.values[bit]), recompute)
     value = case.value(mask)
-    bound = max(value, solution.bound)
+    bound = solution.bound
+    if bound > (1 + RELATIVE_GAP) * value:
+        bound = min(bound, relaxed_bound(case))
+    bound = max(value, bound)
     if bound - value > 2 * RELATIVE_GAP * bound:
         notes.append(f"the planner stopped {(bound - value) / bound:.1%} below its bound after {NODE_LIMIT} nodes")
     return Choice(mask, value, bound, case.taking_part(mask, recompute), tuple(notes))
