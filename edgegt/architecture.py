@@ -79,6 +79,12 @@ def text_config(config: Any) -> Any:
         raise InputError(f"'{kind}' has several language models: give one decoder-only model") from error
 
 
+def positions_of(config: Any) -> int | None:
+    """How many tokens a row may have, prompt and answer together; None where nothing limits it."""
+    found = getattr(text_config(config), "max_position_embeddings", None)
+    return int(found) if isinstance(found, int) and found > 0 else None
+
+
 def block_of(name: str, layers: str, blocks: int, head: str) -> int:
     """Index of the layer that the weight belongs to; -1 below the layers, `blocks` above them."""
     return block_in(name, ((layers, blocks),), head)

@@ -39,7 +39,8 @@ _CHUNK = 4 * MIB
 _LABELS = {
     "int8": "int8 linears", "int8_back": "int8, backward", "dw": "weight gradients", "attention": "attention",
     "float32": "float32 products", "forward_bytes": "elementwise", "backward_bytes": "elementwise, backward",
-    "logits": "loss, logits", "optimizer": "optimizer, elements", "dispatch_s": "dispatch of a layer",
+    "logits": "loss, logits", "optimizer": "8-bit optimizer, elements",
+    "optimizer_float32": "float32 optimizer, elements", "dispatch_s": "dispatch of a layer",
     "update_s": "update of a tensor",
 }  # fmt: skip
 

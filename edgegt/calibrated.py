@@ -142,7 +142,7 @@ def _unit_of(field: str) -> str:
         return "seconds"
     if field.endswith("_bytes"):
         return "bytes"
-    if field in ("logits", "optimizer"):
+    if field in ("logits", "optimizer", "optimizer_float32"):
         return "elements"
     return "int8" if field.startswith("int8") else "float"
 

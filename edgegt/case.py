@@ -1,4 +1,4 @@
-"""The choice that a planner makes, as integers: what each weight is worth, what it costs, and what it shares with others.
+"""The choice that a planner makes, as integers: what each weight is worth, costs, and shares with others.
 
 A case is one way to train (one micro-batch, one set of number formats) under several budgets at once. Its arithmetic
 is the whole truth for strategies and solvers; `planner` checks the winner against the cost table.

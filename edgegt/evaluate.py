@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from edgegt.architecture import positions_of
 from edgegt.data import Example, Row, collate
 from edgegt.loss import supervised_loss
 
@@ -32,11 +33,22 @@ def held_out_loss(
     return {"loss": loss, "perplexity": perplexity, "tokens": tokens, "rows": len(examples)}
 
 
+LEAST_TOKENS = 16
+
+
 @torch.no_grad()
 def answer(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, batch_size: int, device: torch.device
 ) -> list[str]:
-    """The greedy continuation of each prompt (token ids), as text, until the end of text or `new_tokens`."""
+    """The greedy continuation of each prompt (token ids), as text, until the end of text or `new_tokens`.
+
+    A model that knows fewer positions answers more shortly (from LEAST_TOKENS on), and reads the prompt's end only.
+    """
+    positions = positions_of(model.config)
+    if positions is not None:
+        longest = max(len(prompt) for prompt in prompts)
+        new_tokens = min(new_tokens, max(LEAST_TOKENS, positions - longest), positions - 1)
+        prompts = [prompt[-(positions - new_tokens) :] for prompt in prompts]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)

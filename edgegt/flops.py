@@ -90,7 +90,7 @@ def _counted_attention(
 
 
 def _count_own_attention(module: Any, inputs: tuple[torch.Tensor, ...], outputs: Any) -> None:
-    """Count the attention of an architecture that does not let it be replaced (BLOOM, Falcon), from its input's shape."""
+    """Count attention that an architecture does not let be replaced (BLOOM, Falcon), from its input's shape."""
     meter: FlopMeter = module.flop_meter
     hidden, out = inputs[0], outputs[0] if isinstance(outputs, tuple) else outputs
     product = 2 * hidden.shape[0] * hidden.shape[1] ** 2 * hidden.shape[2]

@@ -23,8 +23,8 @@ from edgegt.memory import LIBRARY_BYTES, slack_bytes, worst_shape
 from edgegt.optimizer import AdamW, schedule
 from edgegt.patch import save_patch
 from edgegt.prepare import Setup
-from edgegt.source import fingerprint
 from edgegt.rates import of_profile
+from edgegt.source import fingerprint
 from edgegt.store import cache_dir
 from edgegt.train import Parts, Progress, Recipe, train_round
 from edgegt.trainee import interrupted, stopped_by_signals

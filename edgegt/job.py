@@ -7,7 +7,7 @@ and nothing is written to the run folder yet.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,13 @@ def memory_budget(options: RunOptions, device: Resolved, host: Host) -> tuple[in
         line = f"only {format_bytes(there)} of memory are available here: the budget is that, not {format_bytes(asked)}"
         return there, line
     return asked, None
+
+
+def within_positions(options: RunOptions, positions: int | None) -> RunOptions:
+    """The options with rows no longer than the model has positions."""
+    if positions is None or options.max_length <= positions:
+        return options
+    return replace(options, max_length=positions)
 
 
 def read_corpus(options: RunOptions, tokenizer: Any) -> Corpus:

@@ -1,8 +1,8 @@
 """Peak memory of training, as named terms that are linear in the choice of tensors and of recomputed layers.
 
-The peak is at the loss, where every layer's activations are held and the logits of one chunk of positions exist; or when
-backward begins, where the widest product runs and a gradient is formed; or when a recomputed layer has its turn, where
-what the layers above it kept is gone. All three are planned.
+The peak is at the loss, where every layer's activations are held and the logits of one chunk of positions exist; or
+when backward begins, where the widest product runs and a gradient is formed; or when a recomputed layer has its turn,
+where what the layers above it kept is gone. All three are planned.
 
     floor        interpreter, libraries, tokenised data: what the process holds before the model
     libraries    code, kernels and threads loaded on first use, after the floor was measured

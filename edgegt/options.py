@@ -40,8 +40,12 @@ class RunOptions:
     output: str | None = _option(None, "run folder to write (default: runs/<model>-<device>-<number>)")
     rho: float | None = _option(None, "FLOPs of the run as a fraction of full fine-tuning (default: the profile's)")
     memory: str | None = _option(None, "peak memory of the process, such as 4GiB (default: the profile's)")
-    time: str | None = _option(None, "time of the whole run, such as 20m; what is trained is chosen to fit (default: any)")
-    energy: str | None = _option(None, "energy of the whole run, such as 15Wh, at the watts of the profile (default: any)")
+    time: str | None = _option(
+        None, "time of the whole run, such as 20m; what is trained is chosen to fit (default: any)"
+    )
+    energy: str | None = _option(
+        None, "energy of the whole run, such as 15Wh, at the watts of the profile (default: any)"
+    )
     strategy: str = _option("greentrainer", "how tensors are chosen", choices=STRATEGY_NAMES)
     epochs: float | None = _option(None, "passes over the data (default: 2; the household: 6)")
     steps: int | None = _option(None, "optimizer steps instead of epochs")

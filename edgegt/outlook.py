@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edgegt.architecture import positions_of
 from edgegt.budget import (
     Need,
     Probes,
@@ -24,7 +25,16 @@ from edgegt.budget import (
 from edgegt.cost import BatchShape, CostTable
 from edgegt.device import Resolved
 from edgegt.errors import BudgetError, InputError
-from edgegt.job import ONLY_THE_HOUSEHOLD, Schedule, head_forms, make_schedule, memory_budget, read_corpus, resolve
+from edgegt.job import (
+    ONLY_THE_HOUSEHOLD,
+    Schedule,
+    head_forms,
+    make_schedule,
+    memory_budget,
+    read_corpus,
+    resolve,
+    within_positions,
+)
 from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.planner import Plan, Problem, plan
@@ -83,6 +93,7 @@ def prospect(options: RunOptions, log: Log) -> Prospect:
     if less:
         log.fallback(less)
     config = read_config(name, for_run=False)
+    options = within_positions(options, positions_of(config))
     batches = batches_of(options, name, config)
     return prospect_of(options, resolved, memory_bytes, trace(config), config, name, batches)
 

@@ -1,8 +1,8 @@
 """The joint planner: which weights to train, which layers to recompute, and in which way, so that every budget holds.
 
-Each way to train (micro-batch, number formats, rows of the head) is one integer case. Ways are tried from the preferred
-one on; bounds tell which need no solving; the most preferred way within WAY_GAP of the best wins, and is checked against
-the cost table before it is handed over. Pure Python and SciPy: a saved costs.json is enough.
+Each way to train (micro-batch, number formats, rows of the head, recomputation) is one integer case. Ways are tried
+from the preferred one on; bounds tell which need no solving; the most preferred way within WAY_GAP of the best wins,
+and is checked against the cost table before it is handed over. Pure Python and SciPy: a saved costs.json is enough.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Smallest:
-    """The least budgets that train anything: peak bytes (among weights that FLOPs and time allow, if any), FLOPs, seconds.
+    """The least budgets that train anything: bytes (among weights that FLOPs and time allow, if any), FLOPs, seconds.
 
     seconds: 0 without a time budget.
     """
@@ -252,8 +252,8 @@ def _refuse(cases: _Cases, strategy: str) -> None:
     if least.rho_flops > problem.flops:
         rho = _ratio_covering(least.rho_flops, problem.full_flops)
         raise BudgetError(
-            f"rho {problem.flops / problem.full_flops:.3g} is below the smallest reachable {rho:.3f} (the forward pass, "
-            f"and backward to {least.flops_weight}); give --rho {math.ceil(rho * 100) / 100:.2f} or more",
+            f"rho {problem.flops / problem.full_flops:.3g} is below the smallest reachable {rho:.3f} (the forward "
+            f"pass, and backward to {least.flops_weight}); give --rho {math.ceil(rho * 100) / 100:.2f} or more",
             smallest_rho=rho,
         )
     if problem.seconds is not None and least.seconds > problem.seconds:

@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from edgegt.architecture import positions_of
 from edgegt.budget import Need, Probes, check_memory, check_time, flops_budget, plan_probes, rows_that_fit
 from edgegt.cost import CostTable
 from edgegt.device import Resolved
 from edgegt.host import Host, usable_cores
-from edgegt.job import Corpus, Schedule, head_forms, make_schedule, memory_budget, model_name, read_corpus, resolve
+from edgegt.job import (
+    Corpus,
+    Schedule,
+    head_forms,
+    make_schedule,
+    memory_budget,
+    model_name,
+    read_corpus,
+    resolve,
+    within_positions,
+)
 from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.planner import FORMATS
@@ -86,7 +97,10 @@ def prepare(options: RunOptions, log: Log) -> Setup:
         log.say(f"device: {resolved.notice}")
     source, config = open_source(name), read_config(name)
     tokenizer = load_tokenizer(source.directory)
+    given, options = options.max_length, within_positions(options, positions_of(config))
     corpus = read_corpus(options, tokenizer)
+    if options.max_length < given and corpus.reports[0].cut:
+        log.fallback(f"the model knows {options.max_length} positions: rows are cut to that, not to {given}")
     log.say(f"data: {corpus.name} ({corpus.format}), to train on {corpus.reports[0].line()}")
     log.say(f"held out: {corpus.reports[1].rows} rows, {len(corpus.held_out)} of them evaluated")
 

@@ -1,4 +1,4 @@
-"""What is planned: costs, importance, batches and budgets; and the integer case that each way to train makes of them."""
+"""What is planned: costs, importance, batches and budgets; and the integer case that each way to train makes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from edgegt.case import Case, Costs, Kept, Layer, bits
 from edgegt.cost import BatchShape, CostTable, Totals
 from edgegt.errors import InputError
 from edgegt.memory import (
+    LIBRARY_BYTES,
     Formats,
     Setting,
     Surroundings,
@@ -23,7 +24,6 @@ from edgegt.memory import (
     slack_bytes,
     state_bytes,
     worst_shape,
-    LIBRARY_BYTES,
 )
 from edgegt.rates import Rates
 
@@ -75,7 +75,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         if not self.shapes:
-            raise InputError("there is no batch to plan for: the data has no rows left; give more data or fewer --epochs")
+            raise InputError(
+                "there is no batch to plan for: the data has no rows left; give more data or fewer --epochs"
+            )
         if self.seconds is not None and self.rates is None:
             raise ValueError("a time budget needs rates")
 
@@ -106,7 +108,7 @@ class Problem:
         return {}
 
     def ways(self) -> list[Way]:
-        """Every way to train, the preferred first: whole head, rich formats, nothing recomputed, large micro-batches."""
+        """Every way to train, the preferred first: whole head, rich formats, nothing recomputed, large batches."""
         sizes = [self.batch_size]
         while sizes[-1] > 1:
             sizes.append(sizes[-1] // 2)

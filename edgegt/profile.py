@@ -45,7 +45,8 @@ _TABLES: dict[str, dict[str, str]] = {
     "rates": {"int8": "int8 rate?", "bf16": "float rate?", "fp16": "float rate?", "fp32": "float rate",
               "int8_back": "int8 rate?", "dw": "float rate?", "attention": "float rate?",
               "forward_bytes": "bandwidth?", "backward_bytes": "bandwidth?", "logits": "element rate?",
-              "optimizer": "element rate?", "dispatch": "duration?", "update": "duration?"},
+              "optimizer": "element rate?",
+              "optimizer_float32": "element rate?", "dispatch": "duration?", "update": "duration?"},
     "power": {"name": "text", "watts": "power", "default": "truth?", "rate_scale": "scale?",
               "bandwidth": "bandwidth?"},
     "storage": {"cache": "size", "read": "bandwidth"},
@@ -55,8 +56,9 @@ _TABLES: dict[str, dict[str, str]] = {
 # Rates of training that only a calibrated profile has, and the fields of `rates.Rates` that they are.
 _FORMATS = ("int8", "bf16", "fp16", "fp32")
 TRAINING_RATES = {"int8_back": "int8_back", "dw": "dw", "attention": "attention", "forward_bytes": "forward_bytes",
-                   "backward_bytes": "backward_bytes", "logits": "logits", "optimizer": "optimizer",
-                   "dispatch": "dispatch_s", "update": "update_s"}  # fmt: skip
+                   "backward_bytes": "backward_bytes", "logits": "logits",
+                   "optimizer": "optimizer",
+                   "optimizer_float32": "optimizer_float32", "dispatch": "dispatch_s", "update": "update_s"}  # fmt: skip
 _STANDS_IN = {"int8": ("fp16", "fp32"), "fp16": ("fp32",), "bf16": ("fp32",), "fp32": ()}
 
 

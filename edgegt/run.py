@@ -20,7 +20,6 @@ from edgegt.prepare import Setup, prepare
 from edgegt.process import share_the_machine, terminated_is_interrupted, trim
 from edgegt.version import __version__
 
-
 # Of a time budget, what the evaluation after training may take more than the one before it, and saving and the report.
 EVALUATION_MARGIN = 1.2
 SAVING_S = 4.0

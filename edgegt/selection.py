@@ -106,10 +106,7 @@ class Trainables:
     def _promote_linear(self, name: str, saved: dict[str, torch.Tensor]) -> nn.Parameter:
         linear = self.model.linears[name]
         rows = saved.get(ROWS) if saved else self._rows_of(name)
-        if saved:
-            master = saved[MASTER]
-        else:
-            master = self.model.original(name, rows).to(_MASTERS[self.formats.master])
+        master = saved[MASTER] if saved else self.model.original(name, rows).to(_MASTERS[self.formats.master])
         if rows is None:
             linear.promote(master)
         else:

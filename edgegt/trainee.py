@@ -329,6 +329,7 @@ class Int8Trainee:
             self.slowness = max(0.8, (self.progress.train_s - before[0]) / done / self._expected_s)
         self.terms["activations"] = self.progress.kept_bytes
 
+
 def interrupted(progress: Progress, steps: int, folder: RunFolder) -> Interrupted:
     """What the user is told after a signal: how far the run came and where its work is."""
     name = signal.Signals(progress.stop or signal.SIGINT).name

@@ -33,7 +33,9 @@ def parse_duration(text: str, what: str = "time") -> float:
     whole = re.fullmatch(r"\s*(?:\d+(?:\.\d+)?\s*[A-Za-z]+\s*)+", text)
     seconds = sum(float(number) * _SECONDS.get(unit.lower(), 0) for number, unit in found)
     if whole is None or seconds <= 0 or any(unit.lower() not in _SECONDS for _, unit in found):
-        raise InputError(f"{what} '{text}' is not a duration: write a positive number and s, m or h, such as 20m or 90s")
+        raise InputError(
+            f"{what} '{text}' is not a duration: write a positive number and s, m or h, such as 20m or 90s"
+        )
     return seconds
 
 
@@ -44,7 +46,9 @@ def parse_energy(text: str, what: str = "energy") -> float:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if match is None or match[2].lower() not in _JOULES or match[2] == "mJ" or float(match[1]) <= 0:
-        raise InputError(f"{what} '{text}' is not an energy: write a positive number and Wh, kWh, J or kJ, such as 15Wh")
+        raise InputError(
+            f"{what} '{text}' is not an energy: write a positive number and Wh, kWh, J or kJ, such as 15Wh"
+        )
     return float(match[1]) * _JOULES[match[2].lower()]
 
 

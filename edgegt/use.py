@@ -114,9 +114,10 @@ def evaluate_subject(
 
     columns, max_length: how `data` is read; by default as the run read its own (a model alone: 512 tokens).
     """
+    from edgegt.architecture import positions_of
     from edgegt.data import parse_columns, read_rows, tokenize
     from edgegt.evaluate import held_out_loss
-    from edgegt.job import read_corpus
+    from edgegt.job import read_corpus, within_positions
 
     if data is None and run is None and model is not None:
         raise InputError("--model needs --data: give the file to evaluate on")
@@ -129,7 +130,9 @@ def evaluate_subject(
     source = read_rows(Path(data), parse_columns(wanted) if wanted else None) if data else None
     subject = load_subject(run, model, patch)
     if source is not None:
-        examples = tuple(tokenize(source.rows, subject.tokenizer, max_length or own.max_length)[0])
+        most = dataclasses.replace(own, max_length=max_length or own.max_length)
+        most = within_positions(most, positions_of(subject.module.config))
+        examples = tuple(tokenize(source.rows, subject.tokenizer, most.max_length)[0])
     else:
         assert subject.options is not None
         examples = read_corpus(subject.options, subject.tokenizer).held_out

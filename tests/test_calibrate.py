@@ -23,7 +23,7 @@ from edgegt.rates import Rates, of_profile
 from edgegt.units import GIB, MIB
 
 LAPTOP = Host("Linux", "x86_64", 'A "quoted" CPU @ 2.40GHz', 4, 16 * GIB, 9 * GIB)
-RATES = Rates(3.1e11, 2.2e11, 8.7e10, 6.5e10, 1.4e11, 2.3e9, 9.1e8, 1.5e8, 2.9e7, 1.8e-3, 8.5e-5)
+RATES = Rates(3.1e11, 2.2e11, 8.7e10, 6.5e10, 1.4e11, 2.3e9, 9.1e8, 1.5e8, 2.9e7, 1.8e-3, 8.5e-5, 4.4e8)
 ON_CPU = Measured("torch", 1024, RATES, {}, 1.2e10, 1.9e9, "read", None, 0, False, "")
 CARD = replace(
     ON_CPU, half={"bf16": 6.1e13, "fp16": 6.2e13}, gpu="NVIDIA GeForce RTX 9999", gpu_bytes=12 * GIB, capability="8.6"

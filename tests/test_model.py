@@ -10,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgegt.architecture import layers_of
+from edgegt.architecture import layers_of, positions_of
 from edgegt.data import Batch
+from edgegt.evaluate import answer
+from edgegt.job import within_positions
 from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
+from edgegt.options import RunOptions
 from edgegt.quant import Int8Embedding, Int8Linear, dequantize
 from tiny_models import FAMILIES, SHARED, batch_of, load, save_model
 
@@ -143,3 +146,27 @@ def test_stories_in_int8_writes_the_story_that_the_float_model_writes(tmp_path: 
     expected, found = logits_of(reference, batch), logits_of(model.module, batch)
     assert float((found - expected).norm() / expected.norm()) < 0.03
     assert float((found.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.95
+
+
+def test_answers_stay_within_the_positions_of_the_model(tmp_path: Path) -> None:
+    """GPT-2 looks positions up: a prompt and an answer beyond them would be an IndexError."""
+    save_model(tmp_path / "model", FAMILIES["gpt2"]())
+    model = load(tmp_path / "model", tmp_path / "cache")
+
+    class Words:
+        pad_token_id, eos_token_id = 0, 2
+
+        def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
+            return [" ".join(map(str, row.tolist())) for row in ids]
+
+    prompts = [list(range(3, 3 + length)) for length in (125, 40, 200)]
+    answers = answer(model.module, Words(), prompts, 96, 2, torch.device("cpu"))
+    assert all(1 <= len(text.split()) <= 96 for text in answers)
+
+
+def test_rows_are_no_longer_than_the_positions_of_the_model() -> None:
+    config = FAMILIES["gpt2"]()
+    assert positions_of(config) == 128
+    assert within_positions(RunOptions(max_length=512), positions_of(config)).max_length == 128
+    assert within_positions(RunOptions(max_length=64), positions_of(config)).max_length == 64
+    assert within_positions(RunOptions(max_length=512), None).max_length == 512

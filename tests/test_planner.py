@@ -14,7 +14,7 @@ from edgegt.case import bits
 from edgegt.cost import BatchShape, Block, CostTable, Path, Weight, Work
 from edgegt.errors import BudgetError, InputError
 from edgegt.memory import Surroundings
-from edgegt.planner import FORMATS, STRATEGIES, Formats, Plan, Problem, Way, plan, smallest
+from edgegt.planner import FORMATS, STRATEGIES, Plan, Problem, Way, plan, smallest
 from edgegt.problem import case_of
 from edgegt.solver import joint
 from edgegt.units import parse_bytes
@@ -179,8 +179,9 @@ def random_problem(seed: int, most: int = 8) -> Problem:
 
 def assert_exact(problem: Problem, way: Way) -> None:
     best, found = brute_force(problem, way), joint(case_of(problem, way).affordable())
-    flops, peak_bytes = problem.spent_flops(way, found.mask, found.recompute), problem.memory(
-        way, found.mask, found.recompute
+    flops, peak_bytes = (
+        problem.spent_flops(way, found.mask, found.recompute),
+        problem.memory(way, found.mask, found.recompute),
     )
     assert found.value == pytest.approx(best, rel=1e-6)
     if found.mask:

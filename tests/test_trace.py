@@ -31,8 +31,8 @@ from tiny_models import FAMILIES, TRACED_ONLY, float_model, int8_twin, load, sav
 
 FLOPS_TOLERANCE = 1e-3
 SAVED_TOLERANCE = 0.02
-# Their attention is traced as one product after the other and keeps masks that the running one shares, or the reverse.
-OWN_ATTENTION, OWN_ATTENTION_TOLERANCE = ("gemma2", "falcon-alibi"), 0.04
+# Their attention is traced as one product after the other and keeps masks that the running one shares: never less.
+OWN_ATTENTION, OWN_ATTENTION_TOLERANCE = ("gemma2", "falcon-alibi"), 0.10
 SELECTIONS = 100
 EVERY = {**FAMILIES, **TRACED_ONLY}
 BETWEEN = ("encoder.final_layer_norm", "model.decoder.layernorm_embedding")
@@ -251,8 +251,8 @@ def test_saved_bytes_are_the_storages_that_the_int8_model_keeps(family: str, tmp
             if not (again or table.encoder_decoder):
                 most = least
             predicted = table.saved_work(table.mask(selected), again).at(shape)
-            tolerance = OWN_ATTENTION_TOLERANCE if family in OWN_ATTENTION else SAVED_TOLERANCE
-            low, high = least * (1 - tolerance), most * (1 + tolerance)
+            above = OWN_ATTENTION_TOLERANCE if family in OWN_ATTENTION else SAVED_TOLERANCE
+            low, high = least * (1 - SAVED_TOLERANCE), most * (1 + above)
             assert low <= predicted <= high, (predicted, least, most, sorted(selected)[:3], again)
 
 
