@@ -126,9 +126,9 @@ class _Cases:
         """The choice of another way that fits this one too and is worth enough."""
         for other, choice in self.solved.items():
             enough = choice.mask and other.head_rows == way.head_rows and way.worth * choice.value >= at_least
-            if enough and (way.recompute or not choice.recompute):
-                if self.of(way).affordable().fits(choice.mask, choice.recompute):
-                    return replace(choice, bound=self.ceiling(way) / way.worth)
+            allowed = enough and (way.recompute or not choice.recompute)
+            if allowed and self.of(way).affordable().fits(choice.mask, choice.recompute):
+                return replace(choice, bound=self.ceiling(way) / way.worth)
         return None
 
     def reaches(self, way: Way, target: float) -> bool:

@@ -56,9 +56,9 @@ _TABLES: dict[str, dict[str, str]] = {
 # Rates of training that only a calibrated profile has, and the fields of `rates.Rates` that they are.
 _FORMATS = ("int8", "bf16", "fp16", "fp32")
 TRAINING_RATES = {"int8_back": "int8_back", "dw": "dw", "attention": "attention", "forward_bytes": "forward_bytes",
-                   "backward_bytes": "backward_bytes", "logits": "logits",
-                   "optimizer": "optimizer",
-                   "optimizer_float32": "optimizer_float32", "dispatch": "dispatch_s", "update": "update_s"}  # fmt: skip
+                  "backward_bytes": "backward_bytes", "logits": "logits", "optimizer": "optimizer",
+                  "optimizer_float32": "optimizer_float32", "dispatch": "dispatch_s",
+                  "update": "update_s"}  # fmt: skip
 _STANDS_IN = {"int8": ("fp16", "fp32"), "fp16": ("fp32",), "bf16": ("fp32",), "fp32": ()}
 
 

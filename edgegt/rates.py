@@ -42,8 +42,9 @@ class Rates:
     int8, int8_back: int8 linears and the gradients to their inputs, quantising included. dw: weight gradients from the
     int8 input. attention: its products. float32: float linears (full fine-tuning only). forward_bytes, backward_bytes:
     elementwise work in kept bytes/s. logits: logits/s through loss and back. optimizer: elements/s of clipping, AdamW
-    and refreshing planes, with 8-bit states; optimizer_float32: with float32 states (0: as fast). dispatch_s: seconds per layer and micro-batch that do not depend on sizes, forward and
-    backward. update_s: the same per trained tensor and step.
+    and refreshing planes, with 8-bit states; optimizer_float32: with float32 states (0: as fast). dispatch_s: seconds
+    per layer and micro-batch that do not depend on sizes, forward and backward. update_s: the same per trained tensor
+    and step.
     """
 
     int8: float

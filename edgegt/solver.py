@@ -4,8 +4,11 @@ A binary y per weight, and per distinct path mask a z with z >= y for its weight
 paid once, by whichever weight first needs it. Masks are mostly nested, so z of a mask is tied to z of its largest
 expressed part and to the weights beyond it: about one row per weight, and a relaxation as tight as with all rows. z
 would be integer of itself; declared so, the solver branches on depth first, which makes the hard cases two to six times
-faster. A binary r per layer says that it is recomputed: a share u of its bytes is kept, u >= (share hit) - r. Layers are
-recomputed from the top, so that equal ones are not tried in every order (docs/decisions.md, "Recomputation").
+faster.
+
+A binary r per layer says that it is recomputed: a share u of its bytes is kept, u >= (share hit) - r. Layers are
+recomputed from the lowest that takes part in backward upwards: their backward comes last, when what the layers above
+kept is gone, so that this order needs the least memory; and equal layers are not tried in every combination.
 
 The solver stops by its gap or by a number of nodes, never by time: a plan is the same on every machine.
 """
@@ -189,7 +192,7 @@ class _Program:
                 self.rows.at_least(0.0, (self.z[mask], 1.0), (other, -1.0))
 
     def _recomputation(self, allowed: int) -> None:
-        """u >= share - r; a layer is recomputed only if the one below it is, or takes no part in backward; the largest."""
+        """u >= share - r; a layer only if the one below is recomputed too, or takes no part; the largest of them."""
         case = self.case
         for layer, column in self.u.items():
             sizes = {mask: max(costs) for mask, costs in self.kept[layer].items()}
