@@ -95,7 +95,8 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     resolved, host = resolve(options)
     if resolved.notice:
         log.say(f"device: {resolved.notice}")
-    source, config = open_source(name), read_config(name)
+    config = read_config(name)
+    source = open_source(name)
     tokenizer = load_tokenizer(source.directory)
     given, options = options.max_length, within_positions(options, positions_of(config))
     corpus = read_corpus(options, tokenizer)

@@ -21,7 +21,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgegt.case import Case, Costs, bits
@@ -54,7 +54,42 @@ def joint(case: Case, seed: int = 0, at_least: float = 0.0) -> Choice:
     """
     if not case.candidates:
         return Choice(0, 0.0, 0.0)
-    solution = _Program(case, at_least).solve(integral=True)
+    depths = sorted({case.blocks[bit] for bit in case.candidates}) if case.blocks else []
+    if len(case.candidates) < EXACT_BELOW or len(depths) < 2:
+        return _solved(case, at_least)
+    return _by_depth(case, depths, at_least)
+
+
+def _by_depth(case: Case, depths: list[int], at_least: float) -> Choice:
+    """The best choice over all lowest layers: with it fixed, what the way there costs is fixed, and bounds are tight.
+
+    Depths are solved from the one with the highest bound on, until no bound is RELATIVE_GAP above the best choice.
+    """
+    parts = []
+    for depth in depths:
+        above = replace(case, candidates=tuple(bit for bit in case.candidates if case.blocks[bit] >= depth))
+        floor = sum(1 << bit for bit in case.candidates if case.blocks[bit] == depth)
+        parts.append((_Program(above, floor=floor).solve(integral=False).bound, depth, above, floor))
+    best, ceiling = Choice(0, 0.0, 0.0), 0.0
+    for bound, _, above, floor in sorted(parts, key=lambda part: (-part[0], -part[1])):
+        target = max(at_least, best.value * (1 + RELATIVE_GAP))
+        if bound <= target:
+            ceiling = max(ceiling, bound)
+            break
+        found = _solved(above, target, floor)
+        ceiling = max(ceiling, min(bound, found.bound))
+        if found.value > best.value:
+            best = found
+    if not best.mask:
+        return Choice(0, 0.0, max(at_least, ceiling))
+    order = _by_cost(case, best.recompute)
+    mask = fill(case, best.mask, order, best.recompute)  # what lies deeper than its depth may be free
+    return replace(best, mask=mask, value=case.value(mask), bound=max(case.value(mask), ceiling))
+
+
+def _solved(case: Case, at_least: float, floor: int = 0) -> Choice:
+    """The best choice of one program (see _Program for `floor`)."""
+    solution = _Program(case, at_least, floor).solve(integral=True)
     mask, recompute = solution.mask, solution.recompute
     if at_least and not mask:
         return Choice(0, 0.0, max(at_least, solution.bound))
@@ -62,8 +97,7 @@ def joint(case: Case, seed: int = 0, at_least: float = 0.0) -> Choice:
     if not case.fits(mask, recompute):
         mask = drop(case, mask, recompute)
         notes.append("the solver's rounding exceeded a budget: the least valuable weights for their cost were dropped")
-    alone = {bit: share(case, costs) for bit, costs in case.alone(recompute).items()}
-    mask = fill(case, mask, sorted(alone, key=lambda bit: alone[bit] / case.values[bit]), recompute)
+    mask = fill(case, mask, _by_cost(case, recompute), recompute)
     value = case.value(mask)
     bound = solution.bound
     if bound > (1 + RELATIVE_GAP) * value:
@@ -72,6 +106,12 @@ def joint(case: Case, seed: int = 0, at_least: float = 0.0) -> Choice:
     if bound - value > 2 * RELATIVE_GAP * bound:
         notes.append(f"the planner stopped {(bound - value) / bound:.1%} below its bound after {NODE_LIMIT} nodes")
     return Choice(mask, value, bound, case.taking_part(mask, recompute), tuple(notes))
+
+
+def _by_cost(case: Case, recompute: Iterable[int]) -> list[int]:
+    """The candidates, the most valuable for what they cost alone first."""
+    alone = {bit: share(case, costs) for bit, costs in case.alone(recompute).items()}
+    return sorted(alone, key=lambda bit: alone[bit] / case.values[bit])
 
 
 def relaxed_bound(case: Case) -> float:
@@ -133,10 +173,13 @@ class _Rows:
 
 
 class _Program:
-    """The variables y (candidates), z (masks), r, u (layers) and peaks (one per budget), and their rows."""
+    """The variables y (candidates), z (masks), r, u (layers) and peaks (one per budget), and their rows.
 
-    def __init__(self, case: Case, at_least: float = 0.0) -> None:
-        self.case = case
+    floor: a mask of which at least one weight must be chosen, so that every mask around it is hit.
+    """
+
+    def __init__(self, case: Case, at_least: float = 0.0, floor: int = 0) -> None:
+        self.case, self.floor = case, floor
         self.scale = max(case.values[bit] for bit in case.candidates)
         self.allowed = allowed = sum(1 << bit for bit in case.candidates)
         self.y = {bit: index for index, bit in enumerate(case.candidates)}
@@ -157,6 +200,8 @@ class _Program:
         self._budgets(allowed)
         self._links(masks)
         self._recomputation(allowed)
+        if floor:
+            self.rows.at_least(1.0, *((self.y[bit], 1.0) for bit in bits(floor)))
         if at_least:
             worth = [(column, case.values[bit] / self.scale) for bit, column in self.y.items()]
             self.rows.at_least(at_least / self.scale, *worth)
@@ -183,6 +228,8 @@ class _Program:
     def _links(self, masks: list[int]) -> None:
         """z of a mask is at least z of the largest mask within it, and y of the weights beyond that."""
         for position, mask in enumerate(masks):
+            if self._hit(mask):
+                continue
             rest, parts = mask, []
             for earlier in reversed(masks[:position]):
                 if earlier | mask == mask:
@@ -190,6 +237,9 @@ class _Program:
                     break
             for other in parts + [self.y[bit] for bit in bits(rest)]:
                 self.rows.at_least(0.0, (self.z[mask], 1.0), (other, -1.0))
+
+    def _hit(self, mask: int) -> bool:
+        return bool(self.floor) and self.floor & ~mask == 0
 
     def _recomputation(self, allowed: int) -> None:
         """u >= share - r; a layer only if the one below is recomputed too, or takes no part; the largest of them."""
@@ -224,14 +274,15 @@ class _Program:
             integrality[[self.z[layer.mask & self.allowed] for layer in case.layers if layer.mask & self.allowed]] = (
                 int(integral)
             )
-        upper = numpy.ones(self.count)
+        lower, upper = numpy.zeros(self.count), numpy.ones(self.count)
+        lower[[column for mask, column in self.z.items() if self._hit(mask)]] = 1.0
         upper[self.integral :] = numpy.inf
         gap = RELATIVE_GAP if len(self.y) >= EXACT_BELOW else 1e-7
         with quiet_stdout():
             result: Any = milp(
                 objective,
                 constraints=LinearConstraint(matrix, numpy.array(rows.lower), numpy.inf),
-                bounds=Bounds(0, upper),
+                bounds=Bounds(lower, upper),
                 integrality=integrality,
                 options={"node_limit": NODE_LIMIT, "mip_rel_gap": gap},
             )

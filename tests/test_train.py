@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,18 @@ class Run:
         self.progress = Progress()
         self.losses: list[float] = []
 
-    def train(self, batches: list[Batch], micro_batch: int, clip_to: float = 1e9, lr: float = 1e-3) -> dict[str, Any]:
+    def train(
+        self,
+        batches: list[Batch],
+        micro_batch: int,
+        clip_to: float = 1e9,
+        lr: float = 1e-3,
+        deadline: float | None = None,
+    ) -> dict[str, Any]:
         model, trainables = self.model, self.trainables
         parts = Parts(model.module, CPU, trainables.live, trainables.step, model.inputs.clear, model.meter,
                       MemoryWatch(False))  # fmt: skip
-        recipe = Recipe(lambda step: lr, clip_to, len(batches), 1 << 62, lambda shape: 0)
+        recipe = Recipe(lambda step: lr, clip_to, len(batches), 1 << 62, lambda shape: 0, deadline=deadline)
         pairs = [(0.0, batch) for batch in batches]
         train_round(
             parts,
@@ -221,3 +229,24 @@ def test_stories_counts_what_torch_counts(tmp_path: Path) -> None:
         batch, before = batch_of(8, vocabulary=512), model.meter.total
         supervised_loss(model.module, batch, CPU).backward()
         assert model.meter.total - before == pytest.approx(counted_by_torch(twin, [batch], selected), rel=0.02)
+
+
+def test_capped_attention_is_that_of_transformers() -> None:
+    """Gemma 2 caps its attention scores, which torch's kernel cannot: the counted attention computes them itself."""
+    config = FAMILIES["gemma2"]()
+    eager, ours = float_model(config), float_model(config, attention=register_attention())
+    batch = batch_of(4)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    ours.load_state_dict(eager.state_dict())
+    with torch.no_grad():
+        expected, found = (model(**inputs, use_cache=False).logits for model in (eager, ours))
+    seen = batch.attention_mask.bool()
+    torch.testing.assert_close(found[seen], expected[seen], rtol=1e-5, atol=1e-6)
+
+
+def test_no_step_begins_that_would_end_after_the_deadline(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", FAMILIES["llama"]())
+    run = Run(tmp_path / "model", [UP])
+    run.train([batch_of(4, seed) for seed in range(4)], 4, deadline=time.perf_counter() - 1)
+    assert run.progress.late
+    assert run.progress.step == 0
