@@ -52,11 +52,12 @@ class Need:
     formats: tuple[Formats, ...] = FORMATS
     head_rows: tuple[int | None, ...] = (None,)
     rates: Rates | None = None
+    copy_bytes: int = 0
 
     @property
     def around(self) -> Surroundings:
         """The surroundings of a first round."""
-        return Surroundings(self.floor_bytes)
+        return Surroundings(self.floor_bytes, (), self.copy_bytes)
 
     def problem(
         self, options: RunOptions, shapes: tuple[BatchShape, ...], values: Mapping[str, float], flops: int,

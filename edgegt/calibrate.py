@@ -232,6 +232,10 @@ def _temporary_file(folder: Path, size: int) -> Iterator[tuple[int, bool]]:
 def _check_output(output: Path, force: bool) -> None:
     if output.suffix != ".toml":
         raise InputError(f"--output '{output}' must end in .toml, so that --device takes it; write {DEFAULT_FILE}")
+    if output.stem != " ".join(output.stem.split()):
+        raise InputError(f"--output '{output}' has spaces that a profile's name cannot have; write {DEFAULT_FILE}")
+    if output.is_dir():
+        raise InputError(f"--output '{output}' is a folder; give the name of a file in it")
     if output.exists() and not force:
         raise InputError(f"--output '{output}' exists and is kept; give --force to replace it, or another name")
 
@@ -240,8 +244,12 @@ def _write(output: Path, text: str) -> None:
     """The file at once: a profile that is half written would be refused later."""
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(output)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(output)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _cache() -> Path:

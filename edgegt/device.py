@@ -189,7 +189,7 @@ def training_rate_text(field: str, rate: float) -> str:
         return format_duration(rate)
     if field.endswith("_bytes"):
         return _speed_text(float(f"{rate:.4g}"))
-    if field in ("logits", "optimizer"):
+    if field in ("logits", "optimizer", "optimizer_float32"):
         return f"{rate / 1e6:.4g} M/s"
     return _rate_text("int8" if field.startswith("int8") else "float", rate, 3)
 

@@ -81,9 +81,9 @@ def flops_parts(problem: Problem, found: Plan) -> dict[str, int]:
 
 def seconds_parts(problem: Problem, found: Plan) -> dict[str, float]:
     """The predicted seconds of training, by part; they add up to the plan's. Raises: ValueError without rates."""
-    rates, way = problem.rates, _way(found)
-    if rates is None:
+    if problem.rates is None:
         raise ValueError("seconds need rates")
+    rates, way = problem.rates.of_states(found.formats.states), _way(found)
     table, totals, steps = problem.table_of(way), problem.totals, problem.steps
     mask, count = table.mask(found.selected), problem.micro_batches(way)
     chosen = [table.weights[bit] for bit in bits(mask)]

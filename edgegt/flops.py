@@ -113,7 +113,8 @@ def _capped_attention(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = torch.tanh(scores / cap) * cap
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
+        queries, keys = scores.shape[-2:]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril_(keys - queries)
     if mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask[..., : scores.shape[-1]], torch.finfo(scores.dtype).min)
     else:

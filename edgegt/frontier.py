@@ -178,4 +178,4 @@ def _best(plans: Iterable[Plan], flops: int, memory_bytes: int) -> Plan | None:
 
 def _lean(problem: Problem) -> Problem:
     """The problem in its leanest number formats: what fits in others fits in these."""
-    return replace(problem, formats=problem.formats[-1:])
+    return problem if problem.seconds is not None else replace(problem, formats=problem.formats[-1:])

@@ -105,13 +105,12 @@ def base_model(module: Any) -> Any:
 
 
 @torch.no_grad()
-def verify_head(module: Any, head: Head) -> None:
+def verify_head(module: Any, head: Head, device: torch.device) -> None:
     """Hold the head on the base model's output against the model's own logits, on five positions; nothing is metered.
 
     Raises: InputError when they differ by more than 1e-4 of their size.
     """
     meter = getattr(module, "flop_meter", None)
-    device = next(module.parameters()).device
     ids = torch.arange(1, 6, device=device).remainder_(head.out_features).unsqueeze(0)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with nullcontext() if meter is None else meter.off():

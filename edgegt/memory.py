@@ -57,10 +57,14 @@ class Formats:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What holds whatever is selected: the floor, and tensors trained in earlier rounds."""
+    """What holds whatever is selected: the floor, and tensors trained in earlier rounds.
+
+    copy_bytes: of a frozen weight that a kernel copies while its gradient to the input is formed (CUDA; else 0).
+    """
 
     floor_bytes: int
     demoted: tuple[str, ...] = ()
+    copy_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,12 @@ def logit_bytes(table: CostTable, shape: BatchShape, vocabulary: int) -> int:
     return LOGIT_BYTES * vocabulary * chunk_positions(vocabulary, positions) + HIDDEN_BYTES * positions * _width(table)
 
 
+def passing_bytes(table: CostTable, around: Surroundings, shape: BatchShape, vocabulary: int) -> tuple[int, int]:
+    """Bytes that exist for a moment: at the loss, and while the widest product of the layers runs."""
+    logits, transient = logit_bytes(table, shape, vocabulary), table.widest.at(shape)
+    return logits + around.copy_bytes, transient + around.copy_bytes
+
+
 def worst_shape(table: CostTable, shapes: Iterable[BatchShape], micro_batch: int, vocabulary: int) -> BatchShape:
     """A shape that needs as much memory as any micro-batch, whatever is selected.
 
@@ -144,7 +154,7 @@ def worst_shape(table: CostTable, shapes: Iterable[BatchShape], micro_batch: int
 
 def fixed_terms(table: CostTable, around: Surroundings, shape: BatchShape, vocabulary: int) -> dict[str, int]:
     """The terms of a forward pass over this shape that keeps nothing: evaluation, and the base of everything else."""
-    logits, transient = logit_bytes(table, shape, vocabulary), table.widest.at(shape)
+    logits, transient = passing_bytes(table, around, shape, vocabulary)
     return {
         "floor": around.floor_bytes,
         "libraries": LIBRARY_BYTES,
@@ -174,21 +184,26 @@ def peak_terms(
     terms["demoted"] = sum(plane_bytes(weight) for weight in resting)
     terms["gradients"] = GRADIENT_BYTES * sum(weight.numel for weight in chosen) if setting.accumulate else 0
     terms["fragments"] = sum(fragment_bytes(weight, setting.accumulate, setting.formats) for weight in chosen)
-    phase = max(_phases(table, mask, chosen, recompute, setting), key=lambda phase: sum(phase.values()))
+    phase = max(_phases(table, mask, chosen, recompute, around, setting), key=lambda phase: sum(phase.values()))
     terms |= phase | {"gradients": terms["gradients"] + phase["gradients"]}
     terms["slack"] = slack_bytes(terms)
     return terms
 
 
 def _phases(
-    table: CostTable, mask: int, chosen: Sequence[Weight], recompute: Sequence[int], setting: Setting
+    table: CostTable,
+    mask: int,
+    chosen: Sequence[Weight],
+    recompute: Sequence[int],
+    around: Surroundings,
+    setting: Setting,
 ) -> list[dict[str, int]]:
     """What is held at the loss, when backward begins, and in the backward of each recomputed layer."""
     worst = setting.worst
     kept = table.saved_work(mask, recompute).at(worst)
     head = max((gradient_bytes(weight) for weight in chosen if weight.kind == "head"), default=0)
     largest = max((gradient_bytes(weight) for weight in chosen if weight.kind != "head"), default=0)
-    logits, transient = logit_bytes(table, worst, setting.vocabulary), table.widest.at(worst)
+    logits, transient = passing_bytes(table, around, worst, setting.vocabulary)
     later = {"logits": 0, "transient": transient, "gradients": largest}
     phases = [
         {"activations": kept, "logits": logits, "gradients": head, "recomputed": 0, "transient": 0},

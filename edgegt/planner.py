@@ -38,9 +38,9 @@ STRATEGIES = ("greentrainer", *_SIMPLER)
 class Plan:
     """What is trained (in table order) and how, and the predicted cost over the problem's batches.
 
-    recompute: layers whose forward runs again in backward. head_rows: rows of the head that are trained if it is, None
-    for all. optimality_gap: at most this share of the bound is missing. flops_ratio: to full fine-tuning on the same
-    batches. seconds: None without rates. memory: the named terms of peak_bytes.
+    recompute: layers whose forward runs again in backward. head_rows: rows of the head that are trained if it is
+    selected, None for all. optimality_gap: at most this share of the bound is missing. flops_ratio: to full fine-tuning
+    on the same batches. seconds: None without rates. memory: the named terms of peak_bytes.
     """
 
     strategy: str
@@ -133,8 +133,9 @@ class _Cases:
 
     def reaches(self, way: Way, target: float) -> bool:
         """Whether this way has a choice that is worth `target`, asking first the ways that dominate it."""
-        for size in {way.micro_batch, 1 if way.micro_batch < self.problem.batch_size else way.micro_batch}:
-            frugal = replace(way, micro_batch=size, recompute=True)
+        for frugal in self.frugal():
+            if not self._dominates(frugal, replace(way, recompute=True)) or frugal.formats != way.formats:
+                continue
             if self.ceiling(frugal, target) < target or self.worth(frugal, target) < target:
                 return False
         return self.ceiling(way, target) >= target and self.worth(way, target) >= target
@@ -151,20 +152,26 @@ class _Cases:
             known = min(known, self.bounds[way])
         return way.worth * known
 
+    def frugal(self) -> list[Way]:
+        """The ways that no other dominates: their bounds, together, hold for all."""
+        ways = self.problem.ways()
+        return [way for way in ways if not any(other != way and self._dominates(other, way) for other in ways)]
+
     def _bound(self, way: Way) -> float:
         known = self.solved[way].bound if way in self.solved else float("inf")
         return min(known, self.bounds.get(way, known))
 
     def _dominates(self, other: Way, way: Way) -> bool:
-        """Whether every choice that fits `way` fits `other`."""
-        formats, whole = self.problem.formats, self.problem.batch_size
+        """Whether every choice that fits `way` fits `other`. Less memory may take more time, where that is limited."""
+        formats, whole, timed = self.problem.formats, self.problem.batch_size, self.problem.seconds is not None
         head = self.problem.table.head_size
         fewer = other.head_rows is not None and 3 * other.head_rows <= (way.head_rows or head)
         return (
-            (other.head_rows == way.head_rows or fewer)
+            (other.head_rows == way.head_rows or (fewer and not timed))
             and formats.index(other.formats) >= formats.index(way.formats)
+            and (other.formats.states == way.formats.states or not timed)
             and other.recompute >= way.recompute
-            and (other.micro_batch == way.micro_batch or other.micro_batch < way.micro_batch < whole)
+            and (other.micro_batch == way.micro_batch or (other.micro_batch < way.micro_batch < whole and not timed))
         )
 
 
@@ -189,7 +196,7 @@ def _best(cases: _Cases) -> tuple[Way, Choice]:
     """
     ways = cases.problem.ways()
     chosen = ways[0]
-    frugal = _frugal(ways)
+    frugal = cases.frugal()
     if not cases.worth(chosen) or cases.worth(chosen) < (1 - WAY_GAP) * max(map(cases.ceiling, frugal)):
         for way in sorted(frugal, key=cases.ceiling, reverse=True) + [way for way in ways if way not in frugal]:
             target = cases.worth(chosen) * (1 + WAY_GAP)
@@ -206,18 +213,12 @@ def _best(cases: _Cases) -> tuple[Way, Choice]:
     return chosen, replace(choice, bound=bound)
 
 
-def _frugal(ways: list[Way]) -> list[Way]:
-    """The ways that dominate all others of their kind of head: least formats, whole or least batches, recomputation."""
-    sizes, formats = {ways[0].micro_batch, ways[-1].micro_batch}, ways[-1].formats
-    return [way for way in ways if way.formats == formats and way.recompute and way.micro_batch in sizes]
-
-
 def _smallest(cases: _Cases) -> Smallest:
     problem = cases.problem
     names = [weight.name for weight in problem.table.weights]
     peaks: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
     cheapest: list[tuple[int, float, str]] = []
-    for way in _frugal(problem.ways()):
+    for way in cases.frugal():
         case = cases.of(way)
         for recompute in (range(0), case.every_layer):
             alone = case.alone(recompute)
@@ -312,7 +313,6 @@ def _checked(problem: Problem, strategy: str, way: Way, choice: Choice) -> Plan:
         notes.append(f"{len(choice.recompute)} layers are recomputed in backward, to fit into memory")
     if way.formats.master != "float32":
         notes.append(f"masters are {way.formats.master} with stochastic rounding, to fit into memory")
-    head = any(problem.table.weights[bit].kind == "head" for bit in bits(choice.mask))
     return Plan(
         strategy=strategy,
         selected=selected,
@@ -320,7 +320,7 @@ def _checked(problem: Problem, strategy: str, way: Way, choice: Choice) -> Plan:
         micro_batch=way.micro_batch,
         accumulation=-(-problem.batch_size // way.micro_batch),
         formats=way.formats,
-        head_rows=way.head_rows if head else None,
+        head_rows=way.head_rows,
         value=choice.value,
         optimality_gap=max(0.0, 1 - choice.value / choice.bound),
         flops=flops,

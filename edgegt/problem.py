@@ -18,7 +18,7 @@ from edgegt.memory import (
     Surroundings,
     fragment_bytes,
     gradient_bytes,
-    logit_bytes,
+    passing_bytes,
     peak_terms,
     plane_bytes,
     slack_bytes,
@@ -246,7 +246,7 @@ class _Builder:
         resting = set(problem.around.demoted)
         room = problem.memory_bytes - problem.around.floor_bytes - LIBRARY_BYTES - table.base_bytes
         room = _without_slack(room) - sum(plane_bytes(weight) for weight in table.weights if weight.name in resting)
-        logits, transient = logit_bytes(table, worst, problem.vocabulary), table.widest.at(worst)
+        logits, transient = passing_bytes(table, problem.around, worst, problem.vocabulary)
         flops = problem.flops - table.forward.over(problem.totals)
         if self.rates is None or problem.seconds is None:
             return flops, room - logits, room - transient, room - transient

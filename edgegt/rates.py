@@ -136,7 +136,7 @@ class Rates:
             + kept / self.forward_bytes
             + kept / self.backward_bytes
             + _logits(table, everywhere) / self.logits
-            + table.parameters / self.optimizer
+            + table.parameters / (self.optimizer_float32 or self.optimizer)
             + self.update_s * len(table.weights)
             + self.dispatch_s * table.blocks
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from statistics import median
 from typing import Any
 
 from edgegt.budget import ANSWER_TOKENS
+from edgegt.errors import BudgetError
 from edgegt.folder import RunFolder, check_output, new_folder
 from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.prepare import Setup, prepare
 from edgegt.process import share_the_machine, terminated_is_interrupted, trim
+from edgegt.units import format_duration
 from edgegt.version import __version__
 
 # Of a time budget, what the evaluation after training may take more than the one before it, and saving and the report.
@@ -57,6 +60,7 @@ def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
         began = time.perf_counter()
         before = evaluate(setup, trainee, log, "before")
         trainee.after_s = EVALUATION_MARGIN * (time.perf_counter() - began) + SAVING_S
+        _check_time_left(setup, trainee, folder)
         folder.write("eval.json", {"before": before.numbers, "examples": []})
         try:
             trainee.train(folder, outcome)
@@ -84,6 +88,21 @@ def _trainee(setup: Setup, log: Log) -> Any:
     from edgegt.trainee import Int8Trainee
 
     return Int8Trainee(setup, log)
+
+
+def _check_time_left(setup: Setup, trainee: Any, folder: RunFolder) -> None:
+    """Raises: BudgetError when the evaluations leave no time to train; the empty run folder is removed."""
+    left = setup.seconds_left
+    if left is None or left > trainee.after_s:
+        return
+    shutil.rmtree(folder.path, ignore_errors=True)
+    assert setup.seconds is not None
+    needed = math.ceil(1.5 * (setup.seconds - left + trainee.after_s))
+    raise BudgetError(
+        f"after preparing and evaluating, no time is left to train within {format_duration(setup.seconds)}: give "
+        f"--time {needed}s or more, or fewer --eval-rows",
+        smallest_s=needed,
+    )
 
 
 def _leave(folder: RunFolder, trainee: Any, log: Log) -> None:
@@ -210,7 +229,7 @@ def write_report_apart(path: Path, log: Log) -> None:
 
 def summary(folder: RunFolder) -> str:
     """The last lines of a run: what was gained, what it cost, and what to do with it."""
-    from edgegt.units import format_bytes, format_duration
+    from edgegt.units import format_bytes
 
     run_json, result = folder.read("run.json"), folder.read("eval.json")
     measured, budget = run_json["measured"], run_json["budget"]
@@ -221,6 +240,9 @@ def summary(folder: RunFolder) -> str:
             f"household exact match {before['exact_match']:.1%} -> {after['exact_match']:.1%}, "
             f"general commands {before['general_exact_match']:.1%} -> {after['general_exact_match']:.1%}"
         )
+    if "flops_ratio" not in measured:
+        lines.append("no step was made")
+        return "\n".join([*lines, f"report: {folder.path / 'report.html'}"])
     lines.append(
         f"FLOPs {measured['flops_ratio']:.1%} of full fine-tuning (budget {budget['rho']:.0%}), peak memory "
         f"{format_bytes(measured['peak_bytes'])} of {format_bytes(budget['memory_bytes'])}, "

@@ -16,7 +16,7 @@ import torch
 
 from edgegt.budget import fitting_probe_rows, largest, probe_seconds
 from edgegt.checkpoint import Position, save_checkpoint
-from edgegt.cost import Totals
+from edgegt.cost import CostTable, Totals
 from edgegt.data import collate
 from edgegt.errors import BudgetError, InputError, Interrupted
 from edgegt.folder import RunFolder
@@ -66,6 +66,7 @@ class Int8Trainee:
         self.complete = False
         self.probe_flops = 0
         self._probe_work = self._probe_peak = 0
+        self._values: dict[str, float] = {}
 
     def train(self, folder: RunFolder, outcome: Any) -> None:
         """All rounds. Raises: Interrupted after the step in which a signal came."""
@@ -76,6 +77,8 @@ class Int8Trainee:
         self.log.start_steps(setup.schedule.steps)
         with stopped_by_signals(self.progress):
             for index, steps in enumerate(setup.schedule.rounds):
+                if index and self._out_of_time():
+                    break
                 values = self._importance(index)
                 chosen = self._plan(index, first, values)
                 if index == 0:
@@ -93,13 +96,16 @@ class Int8Trainee:
                 save_checkpoint(folder.path / "checkpoint", self.trainables, position)
                 if self.progress.stop is not None:
                     raise interrupted(self.progress, setup.schedule.steps, folder)
-                if self.progress.step == self.last_step < setup.schedule.steps:
-                    break
-                if self.progress.late:
-                    done, total = self.progress.step, setup.schedule.steps
-                    self.log.fallback(f"the time budget ended training after step {done} of {total}")
-                    break
+        if self.progress.step < self.last_step:
+            total = setup.schedule.steps
+            self.log.fallback(f"the time budget ended training after step {self.progress.step} of {total}")
         self.complete = True
+
+    def _out_of_time(self) -> bool:
+        """Whether another round has no time, by the deadline or because all steps that the time allows are made."""
+        left = self.setup.seconds_left
+        late = left is not None and left <= self.after_s
+        return late or self.progress.late or self.progress.step >= self.last_step
 
     def save(self, folder: RunFolder) -> None:
         """The patch: everything trained so far. Masters and states are freed; the model computes as before."""
@@ -123,8 +129,15 @@ class Int8Trainee:
         draw = random.Random(f"{setup.options.seed}/probe/{index}")
         train, wanted = setup.corpus.train, setup.probes.rows * setup.probes.count
         rows = self._probe_rows()
-        picked = [train[i] for i in draw.sample(range(len(train)), min(wanted, len(train)))]
-        picked += [draw.choice(train) for _ in range(wanted - len(picked))]
+        if rows == 0:
+            self._probe_work = 0
+            what = f"importance is not measured again in round {index + 1}"
+            self.log.fallback(f"{what}: it does not fit beside what training holds")
+            return self._values
+        # Only rows that are trained on: others may be longer, and both budgets know the longest of these.
+        pool = sorted({i for _, indices in setup.schedule.batches for i in indices})
+        picked = [train[i] for i in draw.sample(pool, min(wanted, len(pool)))]
+        picked += [train[draw.choice(pool)] for _ in range(wanted - len(picked))]
         batches = [
             collate(picked[start : start + rows], setup.pad_id, setup.options.max_length)
             for start in range(0, wanted, rows)
@@ -135,10 +148,14 @@ class Int8Trainee:
         self.probe_flops += self.meter.total - spent
         self.model.inputs.clear()
         trim()
+        self._values = values
         return values
 
     def _probe_rows(self) -> int:
-        """Rows of a probe batch beside what is trained now; where not even two fit, that is put aside on disk first."""
+        """Rows of a probe batch beside what is trained now; where not even two fit, that is put aside on disk first.
+
+        0 when they do not fit even then, beside the planes of what was trained (never in the first round).
+        """
         setup, held = self.setup, self._live_bytes()
         need, schedule = setup.need, setup.schedule
         rows = fitting_probe_rows(setup.probes.rows, need, schedule, setup.memory_bytes, held)
@@ -146,14 +163,23 @@ class Int8Trainee:
             rows -= 2
         if held and need.probe_bytes(largest(schedule, rows), held) > setup.memory_bytes:
             self.trainables.select(())
-        self._probe_peak = need.probe_bytes(largest(schedule, rows), self._live_bytes())
+            trim()
+        peak = need.probe_bytes(largest(schedule, rows), self._live_bytes())
+        if held and peak > setup.memory_bytes:
+            return 0
+        self._probe_peak = max(self._probe_peak, peak)
         return rows
 
     def _live_bytes(self) -> int:
         """What training holds now: masters, planes and states of live tensors, planes of resting ones."""
-        weights = {weight.name: weight for weight in self.setup.need.table.weights}
+        weights = {weight.name: weight for weight in self._table().weights}
         live = sum(state_bytes(weights[name], False, self.formats[0]) for name in self.trainables.live)
         return live + sum(plane_bytes(weights[name]) for name in self.trainables.resting)
+
+    def _table(self) -> CostTable:
+        """The cost table with as much of the head as this run trains, once that is decided."""
+        table, rows = self.setup.need.table, self.head_rows[0] if len(self.head_rows) == 1 else None
+        return table if rows is None else table.with_head_rows(rows)
 
     def _layers(self) -> Any:
         from edgegt.architecture import layers_of
@@ -164,7 +190,7 @@ class Int8Trainee:
         setup = self.setup
         later = len(setup.schedule.rounds) - index - 1
         probing = setup.need.table.probe_work().total(setup.probes.shapes(setup.schedule))
-        demoted = tuple({*self.trainables.resting, *self.trainables.live})
+        demoted = tuple(sorted({*self.trainables.resting, *self.trainables.live}))
         problem = replace(
             setup.need.problem(
                 setup.options, setup.schedule.shapes[first:], values_of(values, setup.need.table),
@@ -172,14 +198,14 @@ class Int8Trainee:
             ),
             around=replace(setup.need.around, demoted=demoted), formats=self.formats, head_rows=self.head_rows,
         )  # fmt: skip
-        problem = self._within_time(problem, first)
+        self.problem = problem
         try:
-            self._chosen = self._planned(problem, index)
+            self.problem = self._within_time(problem, first)
+            self._chosen = self._planned(self.problem, index)
         except InputError as error:
             if index == 0:
                 raise
             self.log.fallback(f"round {index + 1} keeps the tensors of the round before: {error}")
-        self.problem = problem
         return self._chosen
 
     def _within_time(self, problem: Problem, first: int) -> Problem:
@@ -192,8 +218,18 @@ class Int8Trainee:
             self.last_step = first + max(1, int(problem.steps * problem.seconds / needed))
             total = self.setup.schedule.steps
             self.log.fallback(f"the time budget allows about {self.last_step} of {total} steps: the rest is left out")
-            return replace(problem, seconds=needed)
+            # rho holds for the steps that are made; the problem is over all, so what they may cost is scaled up
+            left = self._flops_of(self.last_step) - self.meter.total
+            flops = left * problem.steps // (self.last_step - first)
+            return replace(problem, seconds=needed, flops=min(problem.flops, flops))
         return problem
+
+    def _flops_of(self, steps: int) -> int:
+        """What the first steps of the run may spend."""
+        setup = self.setup
+        if steps == setup.schedule.steps:
+            return setup.flops
+        return int(setup.rho * setup.need.table.full_work().total(setup.schedule.shapes[:steps]))
 
     def _planned(self, problem: Problem, index: int) -> Plan:
         """The plan; where no tensor of measured importance fits, of any that does."""
@@ -227,11 +263,12 @@ class Int8Trainee:
     def _record_plan(self, index: int, first: int, steps: int, chosen: Plan, values: dict[str, float]) -> None:
         setup, table, problem = self.setup, self.setup.need.table, self.problem
         names = set(chosen.selected)
-        shapes = Counter((shape.rows, shape.tokens, shape.kept) for shape in problem.shapes)
+        shapes = Counter((shape.rows, shape.tokens, shape.kept, shape.labelled) for shape in problem.shapes)
         self.folder.write(f"plan-{index}.json", {
             "round": index, "first_step": first, "steps": steps, "strategy": chosen.strategy,
             "selected": list(chosen.selected), "recompute": list(chosen.recompute), "micro_batch": chosen.micro_batch,
-            "accumulation": chosen.accumulation, "formats": asdict(chosen.formats), "head_rows": chosen.head_rows,
+            "accumulation": chosen.accumulation, "formats": asdict(chosen.formats),
+            "head_rows": chosen.head_rows if self.model.head in names else None,
             "value": chosen.value, "optimality_gap": chosen.optimality_gap,
             "predicted": {"flops": chosen.flops, "flops_ratio": chosen.flops_ratio, "peak_bytes": chosen.peak_bytes,
                           "step_s": (chosen.seconds or 0.0) / problem.steps},
@@ -280,11 +317,10 @@ class Int8Trainee:
         }
 
     def _predict(self, outcome: Any, first: int, steps: int, chosen: Plan, speeds: tuple[Rates, Rates]) -> None:
-        setup, table = self.setup, self.setup.need.table
-        if chosen.head_rows is not None:
-            table = table.with_head_rows(chosen.head_rows)
+        setup, table = self.setup, self._table()
         mask = table.mask(chosen.selected)
-        shapes = setup.schedule.shapes[first : first + steps]
+        shapes = setup.schedule.shapes[first : min(first + steps, self.last_step)]
+        steps = len(shapes)
         outcome.predicted_flops += table.train_work(mask, chosen.recompute).total(shapes) + self._probe_work
         evaluation = setup.need.evaluation_bytes(setup.evaluation_rows(0))
         outcome.predicted_peak = max(outcome.predicted_peak, evaluation, self._probe_peak)
@@ -306,14 +342,12 @@ class Int8Trainee:
             (epoch, collate([setup.corpus.train[i] for i in indices], setup.pad_id, options.max_length))
             for epoch, indices in setup.schedule.batches[first : min(first + steps, self.last_step)]
         ]
-        total, table = self.last_step, setup.need.table
-        if chosen.head_rows is not None:
-            table = table.with_head_rows(chosen.head_rows)
+        total, table = self.last_step, self._table()
         mask = table.mask(chosen.selected)
         work, kept = table.train_work(mask, chosen.recompute), table.saved_work(mask, chosen.recompute)
         recipe = Recipe(
             lambda step: schedule(options.schedule, setup.lr, step, total, options.warmup),
-            options.max_grad_norm, total, setup.flops, work.at, kept.at,
+            options.max_grad_norm, total, self._flops_of(total), work.at, kept.at,
             setup.deadline(self.after_s),
         )  # fmt: skip
         parts = Parts(

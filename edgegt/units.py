@@ -19,7 +19,7 @@ def parse_bytes(text: str, what: str = "memory") -> int:
     Raises: InputError when the text is not a positive number followed by a unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if match is None or match[2].upper() not in _BYTE_UNITS or float(match[1]) <= 0:
+    if match is None or match[2].upper() not in _BYTE_UNITS or not 0 < float(match[1]) < float("inf"):
         raise InputError(f"{what} '{text}' is not a size: write a positive number and a unit, such as 4GiB or 900MiB")
     return int(float(match[1]) * _BYTE_UNITS[match[2].upper()])
 
@@ -32,7 +32,7 @@ def parse_duration(text: str, what: str = "time") -> float:
     found = re.findall(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text)
     whole = re.fullmatch(r"\s*(?:\d+(?:\.\d+)?\s*[A-Za-z]+\s*)+", text)
     seconds = sum(float(number) * _SECONDS.get(unit.lower(), 0) for number, unit in found)
-    if whole is None or seconds <= 0 or any(unit.lower() not in _SECONDS for _, unit in found):
+    if whole is None or not 0 < seconds < float("inf") or any(unit.lower() not in _SECONDS for _, unit in found):
         raise InputError(
             f"{what} '{text}' is not a duration: write a positive number and s, m or h, such as 20m or 90s"
         )
@@ -45,7 +45,7 @@ def parse_energy(text: str, what: str = "energy") -> float:
     Raises: InputError when the text is not a positive number followed by a unit of energy.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if match is None or match[2].lower() not in _JOULES or match[2] == "mJ" or float(match[1]) <= 0:
+    if match is None or match[2].lower() not in _JOULES or match[2] == "mJ" or not 0 < float(match[1]) < float("inf"):
         raise InputError(
             f"{what} '{text}' is not an energy: write a positive number and Wh, kWh, J or kJ, such as 15Wh"
         )

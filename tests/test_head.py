@@ -267,7 +267,7 @@ def test_every_family_has_the_loss_of_its_own_logits(family: str, tmp_path: Path
     assert kept_hidden(model.module, batch, CPU).shape[:2] == batch.labels.shape
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
     before = model.meter.total
-    verify_head(model.module, model.linears[model.head])
+    verify_head(model.module, model.linears[model.head], CPU)
     assert model.meter.total == before
 
 
@@ -287,7 +287,7 @@ def test_caps_and_factors_of_real_architectures(family: str, tmp_path: Path) -> 
     save_model(tmp_path / "model", config)
     model = load(tmp_path / "model", tmp_path / "cache")
     assert logit_map(model.module) == expected
-    verify_head(model.module, model.linears[model.head])
+    verify_head(model.module, model.linears[model.head], CPU)
 
 
 def test_logits_processed_in_another_way_are_refused(tmp_path: Path) -> None:

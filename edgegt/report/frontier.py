@@ -56,6 +56,8 @@ def check_png(path: Path) -> None:
     """Raises: InputError when no picture can be written there: another ending than .png, or no such folder."""
     if path.suffix.lower() != ".png":
         raise InputError(f"--frontier '{path}' is no PNG file: give a name that ends in .png")
+    if path.is_dir():
+        raise InputError(f"--frontier '{path}' is a folder: give the name of a file in it")
     if not path.absolute().parent.is_dir():
         raise InputError(f"--frontier '{path}': the folder '{path.parent}' does not exist: make it first")
 

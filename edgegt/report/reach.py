@@ -49,7 +49,7 @@ def _problem(facts: RunFacts, table: CostTable) -> Problem:
     first = facts.plans[0]
     recorded: Tree = first["problem"]
     importance = {str(found["name"]): float(found["importance"]) for found in first["candidates"]}
-    shapes = [(BatchShape(*map(int, shape[:3])), int(shape[3])) for shape in recorded["shapes"]]
+    shapes = [(BatchShape(*map(int, shape[:-1])), int(shape[-1])) for shape in recorded["shapes"]]
     return Problem(
         table=table,
         values=values_of(importance, table),

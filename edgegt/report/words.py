@@ -299,7 +299,7 @@ def time_rows(report: Tree) -> list[Row]:
     """Seconds per step, predicted and measured on this machine, and what is predicted for the device elsewhere."""
     predicted, used, device = report["predicted"], report["measured"], report["device"]
     guess, found = number(predicted, "step_s"), number(used, "step_s")
-    ratio = f"{found / guess:.2f} × the prediction" if guess and found is not None else ""
+    ratio = f"{found / guess:.2f} × predicted" if guess and found is not None else ""
     rows: list[Row] = [
         ("This machine, predicted", _seconds(predicted, "step_s"), ""),
         ("This machine, measured", _seconds(used, "step_s"), ratio),
@@ -308,7 +308,7 @@ def time_rows(report: Tree) -> list[Row]:
     if rate is not None:
         rows.append(("Throughput, measured", f"{rate:,.0f} tokens/s".replace(",", "\u202f"), ""))
     if not device.get("on_board"):
-        note = "a prediction that nothing here can check"
+        note = "not checkable here"
         rows.append((f"{device_title(device)}, predicted", _seconds(predicted, "device_step_s"), note))
     return rows
 
