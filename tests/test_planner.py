@@ -16,6 +16,7 @@ from edgegt.errors import BudgetError, InputError
 from edgegt.memory import Surroundings
 from edgegt.planner import FORMATS, STRATEGIES, Plan, Problem, Way, plan, smallest
 from edgegt.problem import case_of
+from edgegt.rates import Rates
 from edgegt.solver import joint
 from edgegt.units import parse_bytes
 
@@ -105,8 +106,7 @@ def problem_of(table: CostTable, draw: random.Random, batch_size: int, tokens: i
 
 
 def way_of(problem: Problem, found: Plan) -> Way:
-    rows = found.head_rows if found.head_rows is not None or None in problem.head_rows else problem.head_rows[0]
-    return Way(found.micro_batch, found.formats, rows, bool(found.recompute))
+    return Way(found.micro_batch, found.formats, found.head_rows, bool(found.recompute))
 
 
 def spent(problem: Problem, names: tuple[str, ...], way: Way, recompute: tuple[int, ...] = ()) -> tuple[int, int]:
@@ -151,7 +151,9 @@ def brute_force(problem: Problem, way: Way) -> float:
                 again = tuple(active[:count])
                 if problem.spent_flops(way, mask, again) > problem.flops:
                     break
-                if sum(problem.memory(way, mask, again).values()) <= problem.memory_bytes:
+                seconds = problem.spent_s(way, mask, again) if problem.seconds is not None else 0.0
+                late = problem.seconds is not None and seconds is not None and seconds > problem.seconds
+                if not late and sum(problem.memory(way, mask, again).values()) <= problem.memory_bytes:
                     best = value
                     break
         mask = (mask - 1) & useful
@@ -403,3 +405,27 @@ def test_a_way_that_other_budgets_rule_out_does_not_make_the_least_memory() -> N
         plan(dataclasses.replace(scarce, memory_bytes=scarce.memory_bytes // 2))
     assert refused.value.smallest_bytes is not None
     assert plan(dataclasses.replace(scarce, memory_bytes=refused.value.smallest_bytes)).selected
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_with_a_time_budget_too_the_plan_is_the_best_of_all_ways(seed: int) -> None:
+    """What needs less memory may need more time: smaller micro-batches, 8-bit states, rows, recomputation."""
+    draw = random.Random(seed)
+    rates = Rates(1e9, 8e8, 5e8, 5e8, 4e8, 1e8, 1e8, 1e8, 1e5, 1e-3, 1e-4, 1e7)
+    problem = dataclasses.replace(random_problem(seed, most=6), rates=rates)
+    way = draw.choice(problem.ways())
+    mask = draw.randrange(1, 1 << len(problem.table.weights))
+    again = tuple(range(draw.randint(0, problem.table.blocks)))
+    problem = dataclasses.replace(problem, seconds=problem.spent_s(way, mask, again))
+    best = {way: way.worth * brute_force(problem, way) for way in problem.ways()}
+    if not max(best.values()):
+        with pytest.raises(BudgetError):
+            plan(problem)
+        return
+    found = plan(problem)
+    assert_holds(problem, found)
+    assert found.seconds is not None and problem.seconds is not None
+    assert found.seconds <= problem.seconds * (1 + 1e-6)
+    assert way_of(problem, found).worth * found.value >= 0.998 * max(best.values())
+    assert found.value <= found.value / (1 - found.optimality_gap)
+    assert way_of(problem, found).worth * found.value / (1 - found.optimality_gap) >= max(best.values()) * (1 - 1e-9)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgegt.data import Batch
 from edgegt.errors import EdgegtError
-from edgegt.flops import FlopMeter, attach, register_attention
+from edgegt.flops import FlopMeter, _capped_attention, attach, register_attention
 from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW
@@ -250,3 +250,12 @@ def test_no_step_begins_that_would_end_after_the_deadline(tmp_path: Path) -> Non
     run.train([batch_of(4, seed) for seed in range(4)], 4, deadline=time.perf_counter() - 1)
     assert run.progress.late
     assert run.progress.step == 0
+
+
+def test_capped_attention_of_one_query_sees_every_key_before_it() -> None:
+    """In decoding with a cache there is one query, many keys, and no mask."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 5, 8, generator=draw) for _ in range(3))
+    whole = _capped_attention(query, key, value, None, 5.0, None)
+    last = _capped_attention(query[:, :, -1:], key, value, None, 5.0, None)
+    torch.testing.assert_close(last, whole[:, -1:])
