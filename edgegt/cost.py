@@ -185,6 +185,11 @@ class CostTable:
         """Rows of the head that can be trained: the vocabulary, or fewer after `with_head_rows`."""
         return max(weight.shape[0] for weight in self.weights if weight.kind == "head")
 
+    @property
+    def largest_weight(self) -> int:
+        """Elements of the largest matrix: bytes of one int8 plane of it."""
+        return max(weight.numel for weight in self.weights if weight.kind != "vector")
+
     def mask(self, selected: Iterable[str]) -> int:
         """Bit mask of the weights with these names. Raises KeyError for a name that is not in the table."""
         index = {weight.name: bit for bit, weight in enumerate(self.weights)}

@@ -153,7 +153,8 @@ def prospect_of(
     longest = BatchShape(1, max(s.tokens for s in schedule.shapes), max(s.kept for s in schedule.shapes))
     vocabulary = vocabulary_of(config)
     rates, heads = of_profile(profile), head_forms(batches.used_tokens, vocabulary)
-    need = Need(table, FLOOR_BYTES, vocabulary, longest, head_rows=heads, rates=rates)
+    copied = table.largest_weight if profile.kind in ("jetson", "geforce") else 0
+    need = Need(table, FLOOR_BYTES, vocabulary, longest, head_rows=heads, rates=rates, copy_bytes=copied)
     rho, seconds = options.rho or profile.rho, options.seconds_of(profile)
     full = table.full_work().total(schedule.shapes)
     probes = Probes(0, 0)
