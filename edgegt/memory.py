@@ -39,7 +39,7 @@ SMALL_TENSOR = 4096
 SLACK_SHARE = 0.04
 SLACK_BYTES = 6 * MIB
 LIBRARY_BYTES = 16 * MIB
-FRAGMENTS_PERCENT = 12
+FRAGMENTS_PERCENT = 20
 MASTER_BYTES = {"float32": 4, "bfloat16": 2}
 _UNNAMED = ("floor", "base", "libraries", "slack")
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,27 @@ class Source:
                 return handle.get_tensor(name)
         except SafetensorError as error:
             raise InputError(f"{path}: '{name}' cannot be read ({error}): fetch the model again") from error
+
+    def row_parts(self, name: str, elements: int) -> Iterator[Any]:
+        """One tensor as stored, `elements` or fewer at a time by rows (at least one); pages read before are let go.
+
+        Raises: as `tensor`.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path, start, rows = self.files[name], 0, 1
+        while start < rows:
+            try:
+                with safe_open(str(path), framework="pt") as handle:
+                    whole = handle.get_slice(name)
+                    shape = whole.get_shape()
+                    rows = shape[0] if shape else 1
+                    step = max(1, elements * rows // max(1, math.prod(shape)))
+                    part = whole[start : start + step] if step < rows else handle.get_tensor(name)
+            except SafetensorError as error:
+                raise InputError(f"{path}: '{name}' cannot be read ({error}): fetch the model again") from error
+            yield part
+            start += step
 
 
 def locate(model: str, weights: bool = True) -> Path:

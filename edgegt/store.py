@@ -1,8 +1,9 @@
 """The base store: a model on disk in int8, one safetensors file per block, made once and then memory-mapped.
 
 It replaces quantising at every start. The float tensors are read one by one, so the float model never exists as a
-whole: the peak is one float tensor. A matrix becomes `<name>.q` (int8, [out, in]) and `<name>.scale` (bfloat16,
-[out]); a norm or bias stays float32. Stores live in the user's cache under the model's fingerprint.
+whole: the peak is 2**24 float elements of a tensor beside its int8 form. A matrix becomes `<name>.q` (int8, [out, in])
+and `<name>.scale` (bfloat16, [out]); a norm or bias stays float32. Stores live in the user's cache under the model's
+fingerprint.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from edgegt.errors import InputError
 from edgegt.source import Source
 
 FORMAT = 1
+PART_ELEMENTS = 2**24
+WHOLE = 1 << 62
 _OUR_FOLDER = re.compile(r"[0-9a-f]{32}(\.\d+\.partial)?")
 _OUR_FILES = ("backend.json", "fingerprints.json")
 
@@ -159,16 +162,27 @@ def _converted(source: Source, entry: Entry) -> dict[str, Any]:
 
     from edgegt.quant import quantize_rows
 
-    tensor = source.tensor(entry.stored_as)
-    if not tensor.is_floating_point():
-        raise InputError(f"'{entry.stored_as}' is stored as {tensor.dtype}: give the float model, not a quantised one")
-    if not entry.int8:
-        return {entry.name: tensor.to(torch.float32).clone()}
-    try:
-        weight = quantize_rows(tensor.t().contiguous() if entry.transposed else tensor)
-    except InputError as error:
-        raise InputError(f"'{entry.stored_as}' cannot be used: {error}") from error
-    return {f"{entry.name}.q": weight.q, f"{entry.name}.scale": weight.scale}
+    parts: list[Any] = []
+    for tensor in source.row_parts(entry.stored_as, PART_ELEMENTS if entry.int8 and not entry.transposed else WHOLE):
+        if not tensor.is_floating_point():
+            problem = f"'{entry.stored_as}' is stored as {tensor.dtype}"
+            raise InputError(f"{problem}: give the float model, not a quantised one")
+        if not entry.int8:
+            return {entry.name: tensor.to(torch.float32).clone()}
+        try:
+            parts.append(quantize_rows(tensor.t().contiguous() if entry.transposed else tensor))
+        except InputError as error:
+            raise InputError(f"'{entry.stored_as}' cannot be used: {error}") from error
+    if len(parts) == 1:
+        return {f"{entry.name}.q": parts[0].q, f"{entry.name}.scale": parts[0].scale}
+    scales = torch.cat([part.scale for part in parts])
+    q = torch.empty(scales.shape[0], parts[0].q.shape[1], dtype=torch.int8)
+    first = 0
+    while parts:
+        rows = parts.pop(0).q
+        q[first : first + rows.shape[0]] = rows
+        first += rows.shape[0]
+    return {f"{entry.name}.q": q, f"{entry.name}.scale": scales}
 
 
 @dataclass(frozen=True)

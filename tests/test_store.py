@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+from edgegt import store
 from edgegt.errors import InputError
 from edgegt.quant import dequantize, quantize_rows
 from edgegt.source import Source, fingerprint, load_tokenizer, locate, open_source, read_config
@@ -94,9 +95,9 @@ class SlowSource(Source):
     rival: Path
     place: Path
 
-    def tensor(self, name: str) -> Any:
+    def row_parts(self, name: str, elements: int) -> Any:
         shutil.copytree(self.rival, self.place, dirs_exist_ok=True)
-        return super().tensor(name)
+        return super().row_parts(name, elements)
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -307,3 +308,18 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("EDGEGT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_dir() == tmp_path / "edgegt"
+
+
+def test_a_large_matrix_is_quantised_by_parts_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path / "model", FAMILIES["gpt2"]())
+    source = open_source(str(tmp_path / "model"))
+    whole = load(tmp_path / "model", tmp_path / "whole")
+    monkeypatch.setattr(store, "PART_ELEMENTS", 1000)
+    parts = load(tmp_path / "model", tmp_path / "parts")
+    assert len(list(source.row_parts("transformer.wte.weight", 1000))) > 10
+    assert whole.linears.keys() == parts.linears.keys()
+    for name, linear in whole.linears.items():
+        assert torch.equal(linear.weight.q, parts.linears[name].weight.q)
+        assert torch.equal(linear.weight.scale, parts.linears[name].weight.scale)
