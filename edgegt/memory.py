@@ -40,6 +40,7 @@ SLACK_SHARE = 0.04
 SLACK_BYTES = 6 * MIB
 LIBRARY_BYTES = 16 * MIB
 FRAGMENTS_PERCENT = 20
+MAPPED_ELEMENTS = 2**18
 MASTER_BYTES = {"float32": 4, "bfloat16": 2}
 _UNNAMED = ("floor", "base", "libraries", "slack")
 
@@ -104,8 +105,13 @@ def state_bytes(weight: Weight, accumulate: bool, formats: Formats) -> int:
 
 
 def fragment_bytes(weight: Weight, accumulate: bool, formats: Formats) -> int:
-    """Bytes of the heap that training this tensor leaves unusable; seen with accumulation only."""
-    return FRAGMENTS_PERCENT * state_bytes(weight, accumulate, formats) // 100 if accumulate else 0
+    """Bytes of the heap that training this tensor leaves unusable; seen with accumulation only.
+
+    Of a large tensor every part is mapped apart (see `process`), so that it leaves no holes.
+    """
+    if not accumulate or weight.numel >= MAPPED_ELEMENTS:
+        return 0
+    return FRAGMENTS_PERCENT * state_bytes(weight, accumulate, formats) // 100
 
 
 def gradient_bytes(weight: Weight) -> int:
