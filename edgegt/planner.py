@@ -322,7 +322,7 @@ def _checked(problem: Problem, strategy: str, way: Way, choice: Choice) -> Plan:
         formats=way.formats,
         head_rows=way.head_rows,
         value=choice.value,
-        optimality_gap=max(0.0, 1 - choice.value / choice.bound),
+        optimality_gap=_gap(choice),
         flops=flops,
         flops_ratio=flops / problem.full_flops,
         seconds=seconds,
@@ -330,3 +330,9 @@ def _checked(problem: Problem, strategy: str, way: Way, choice: Choice) -> Plan:
         memory=memory,
         notes=tuple(notes),
     )
+
+
+def _gap(choice: Choice) -> float:
+    """The share of the bound that is missing; 0 for what is only a rounding error."""
+    gap = 1 - choice.value / choice.bound
+    return gap if gap > 1e-9 else 0.0

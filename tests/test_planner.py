@@ -197,7 +197,6 @@ def test_the_choice_of_a_way_equals_brute_force(seed: int) -> None:
     assert_exact(problem, random.Random(seed).choice(problem.ways()))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1000, 1200))
 def test_the_choice_among_fourteen_equals_brute_force(seed: int) -> None:
     problem = random_problem(seed, most=14)
