@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ def speed(draws: int, shares: Sequence[float], every: int) -> list[Numbers]:
         problem = large_problem(number)
         case = case_of(problem, problem.ways()[0]).affordable()
         baselines.published_selection.cache_clear()
-        old, old_s = seconds_of(lambda case=case: baselines.published(case))  # type: ignore[misc]
-        new, new_s = seconds_of(lambda case=case: joint(case))  # type: ignore[misc]
+        old, old_s = seconds_of(partial(baselines.published, case))
+        new, new_s = seconds_of(partial(joint, case))
         rows.append(
             {
                 "draw": number, "memory": "unlimited, one way", "tensors": len(case.candidates), "published_s": old_s,
@@ -117,8 +118,8 @@ def speed(draws: int, shares: Sequence[float], every: int) -> list[Numbers]:
             choices = []
             for way in budgeted.ways()[(number + len(rows)) % every :: every]:
                 limited = case_of(budgeted, way).affordable()
-                choices.append(seconds_of(lambda limited=limited: joint(limited)))  # type: ignore[misc]
-            found, plan_s = seconds_of(lambda budgeted=budgeted: plan(budgeted))  # type: ignore[misc]
+                choices.append(seconds_of(partial(joint, limited)))
+            found, plan_s = seconds_of(partial(plan, budgeted))
             rows.append(
                 {
                     "draw": number, "memory": label, "tensors": len(case.candidates), "published_s": old_s,
@@ -166,7 +167,7 @@ def random_plans(count: int) -> Numbers:
     for seed in range(count):
         problem = random_instance(seed)
         try:
-            found, plan_s = seconds_of(lambda problem=problem: plan(problem))  # type: ignore[misc]
+            found, plan_s = seconds_of(partial(plan, problem))
         except BudgetError:
             refused += 1
             continue

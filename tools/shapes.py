@@ -10,6 +10,7 @@ on what the numbers are.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import shutil
@@ -92,7 +93,7 @@ SHAPES: dict[str, Shape] = {
 
 def config_of(name: str) -> dict[str, Any]:
     """The config.json of a shape. Raises: KeyError for a name that is not in SHAPES."""
-    return json.loads(json.dumps(SHAPES[name].config))  # type: ignore[no-any-return]
+    return copy.deepcopy(SHAPES[name].config)
 
 
 def write_config(name: str, folder: Path, **other: Any) -> Path:
