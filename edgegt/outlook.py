@@ -126,19 +126,6 @@ def vocabulary_of(config: Any) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def outlook_of(
-    options: RunOptions,
-    resolved: Resolved,
-    memory_bytes: int,
-    table: CostTable,
-    config: Any,
-    name: str,
-    batches: Batches,
-) -> dict[str, Any]:
-    """The plan of the first round as plain data, for a model that was traced before."""
-    return prospect_of(options, resolved, memory_bytes, table, config, name, batches).outlook
-
-
 def prospect_of(
     options: RunOptions,
     resolved: Resolved,
@@ -148,7 +135,7 @@ def prospect_of(
     name: str,
     batches: Batches,
 ) -> Prospect:
-    """`outlook_of`, with the problem and the plan."""
+    """The plan of the first round, its problem and the outlook, for a model that was traced before."""
     schedule, profile = batches.schedule, resolved.profile
     longest = BatchShape(1, max(s.tokens for s in schedule.shapes), max(s.kept for s in schedule.shapes))
     vocabulary = vocabulary_of(config)

@@ -19,9 +19,9 @@ from edgegt.outlook import (
     _ranges,
     batches_of,
     look_ahead,
-    outlook_of,
     outlook_text,
     prospect,
+    prospect_of,
 )
 from edgegt.profile import load_profile, profile_names, profiles_dir
 from edgegt.trace import trace
@@ -76,7 +76,7 @@ def test_every_profile_answers(name: str, tmp_path: Path) -> None:
         options, profile = RunOptions(device=device, model=model), load_profile(profiles_dir() / f"{device}.toml")
         batches = batches_of(options, model, config)
         resolved = Resolved(profile, None, False)
-        outlook = outlook_of(options, resolved, profile.budget_bytes, table, config, name, batches)
+        outlook = prospect_of(options, resolved, profile.budget_bytes, table, config, name, batches).outlook
         assert outlook["fits"] == (outlook["smallest_bytes"] <= outlook["budget"]["memory_bytes"])
 
 

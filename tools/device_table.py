@@ -46,13 +46,13 @@ REFUSAL_LETTERS = 90
 
 def plan_on(shape: str, folder: Path, profile: Profile) -> dict[str, Any]:
     """The outlook of one shape on one device, as `edgegt plan --json` prints it. Raises: InputError when refused."""
-    from edgegt.outlook import batches_of, outlook_of
+    from edgegt.outlook import batches_of, prospect_of
 
     model = str(folder / shape)
     options = RunOptions(device=profile.name, model=model, batch_size=ROWS, max_length=TOKENS)
     table, config = traced(model)
     device, batches = Resolved(profile, None, False), batches_of(options, model, config)
-    return outlook_of(options, device, profile.budget_bytes, table, config, model, batches)
+    return prospect_of(options, device, profile.budget_bytes, table, config, model, batches).outlook
 
 
 @cache
