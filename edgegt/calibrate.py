@@ -253,7 +253,7 @@ def _write(output: Path, text: str) -> None:
 
 
 def _cache() -> Path:
-    from edgegt.store import cache_dir
+    from edgegt.cache import cache_dir
 
     return cache_dir()
 

@@ -336,7 +336,8 @@ def _add_cache(commands: Any, name: str) -> None:
 
 
 def _cache(parsed: argparse.Namespace) -> int:
-    from edgegt.store import cache_dir, clear_cache, list_cache
+    from edgegt.cache import cache_dir
+    from edgegt.store import clear_cache, list_cache
     from edgegt.units import format_bytes
 
     if parsed.action == "clear":

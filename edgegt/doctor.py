@@ -23,11 +23,11 @@ def examine() -> dict[str, Any]:
     """Run every int8 backend and the 8-bit optimizer here, and read the machine. `ok`: edgegt can train here."""
     import torch
 
+    from edgegt.cache import cache_dir
     from edgegt.device import resolve_device
     from edgegt.host import read_host
     from edgegt.optimizer import eight_bit_works
     from edgegt.quant import check_backends
-    from edgegt.store import cache_dir
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     host = read_host()

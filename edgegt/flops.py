@@ -51,11 +51,25 @@ class FlopMeter:
 def register_attention() -> str:
     """Make transformers' models run its SDPA attention through a counting function; returns the name to ask for."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, _counted_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION, _additive_mask)
     return ATTENTION
+
+
+def _additive_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """transformers' mask with 0 where attention goes and the most negative number elsewhere.
+
+    Of a boolean mask torch's kernel makes a float copy in every layer, and keeps it for backward.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    least = torch.finfo(torch.float32).min
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, least)
 
 
 def attach(model: nn.Module, meter: FlopMeter) -> None:

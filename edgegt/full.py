@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from edgegt.architecture import is_transposed
+from edgegt.cache import cache_dir
 from edgegt.cost import BatchShape, Work
 from edgegt.data import Batch, collate
 from edgegt.data.batches import IGNORE
@@ -25,7 +26,6 @@ from edgegt.patch import save_patch
 from edgegt.prepare import Setup
 from edgegt.rates import of_profile
 from edgegt.source import fingerprint
-from edgegt.store import cache_dir
 from edgegt.train import Parts, Progress, Recipe, train_round
 from edgegt.trainee import interrupted, stopped_by_signals
 from edgegt.units import format_bytes

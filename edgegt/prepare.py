@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgegt.architecture import positions_of
 from edgegt.budget import Need, Probes, check_memory, check_time, flops_budget, plan_probes, rows_that_fit
+from edgegt.cache import cache_dir
 from edgegt.cost import CostTable
 from edgegt.device import Resolved
 from edgegt.host import Host, usable_cores
@@ -29,7 +30,6 @@ from edgegt.planner import FORMATS
 from edgegt.process import trim
 from edgegt.rates import Rates
 from edgegt.source import Source, load_tokenizer, open_source, read_config
-from edgegt.store import cache_dir
 from edgegt.watch import MemoryWatch
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -35,8 +35,18 @@ def share_the_machine() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD_BYTES)
 
 
+_ON_TRIM: list[Callable[[], None]] = []
+
+
+def on_trim(give_back: Callable[[], None]) -> None:
+    """Have `give_back` called by every trim()."""
+    _ON_TRIM.append(give_back)
+
+
 def trim() -> None:
-    """Give back what the heap and CUDA's allocator hold and nobody uses; for between phases (a few milliseconds)."""
+    """Give back what the heap, pools and CUDA's allocator hold and nobody uses; between phases (a few milliseconds)."""
+    for give_back in _ON_TRIM:
+        give_back()
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

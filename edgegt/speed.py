@@ -1,8 +1,8 @@
 """How fast this machine is at the pieces of a step, measured in about a second on small tensors of the model's width.
 
 The pieces are what a step runs: int8 linears with their quantising, weight gradients, attention, the elementwise part
-of a Llama layer, the loss, one slice of the optimizer, and a layer so small that only its dispatch takes time. Results
-are allocated anew each time, as in a step, because fresh memory costs as much as the arithmetic on it.
+of a Llama layer, the loss, one slice of the optimizer, and a layer so small that only its dispatch takes time. Memory
+comes from where a step's does (`pool`): on fresh memory the same pieces take up to twice as long.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgegt.memory import SMALL_TENSOR
-from edgegt.process import trim
 from edgegt.rates import Rates, of_profile
 
 if TYPE_CHECKING:
@@ -33,12 +32,10 @@ ACTIVATIONS = 1 << 19
 LOGITS = 1 << 20
 UPDATED = 1 << 18
 TINY = 16
-# Larger tensors get memory of their own each time (see `process`), smaller ones reuse what is there.
-MAPPED_BYTES = 1 << 18
 # A Llama layer in units of its width: feed-forward, keys and values; the norms, rotary inputs and gates in it.
 _FFN, _KV = 8 / 3, 1 / 3
-# Float tensors it keeps (norms 4, q and the output 2, keys and values, 3 of the feed-forward) and int8 inputs.
-_KEPT = 4 + 2 + 2 * _KV + 3 * _FFN + (3 + _FFN) / 4
+# Float tensors it keeps (norms 2, q and the output 2, keys and values, 2 of the feed-forward) and int8 inputs.
+_KEPT = 2 + 2 + 2 * _KV + 2 * _FFN + (3 + _FFN) / 4
 _LINEARS = 7
 
 
@@ -57,27 +54,26 @@ def of_machine(
 
     head_size: of attention; length: tokens of a row. piece_s: seconds to spend on each of the pieces.
     """
-    small = partial(seconds_of, device=device, budget_s=piece_s)
-    large = partial(small, fresh=device.type == "cpu")
+    piece = partial(seconds_of, device=device, budget_s=piece_s)
+    kernels = getattr(backend, "kernels", None)
     width = max(TINY, min(width, WIDEST))
     most = max(1, min(tokens, MOST_TOKENS))
-    layer = large if 4 * width * most >= MAPPED_BYTES else small
-    int8, int8_back, dw, float32 = _products(backend, device, width, most, layer)
-    forward, backward = _elementwise(device, width, max(1, min(tokens, ACTIVATIONS // width)), layer)
-    least = _update(device, TINY, SMALL_TENSOR, eight_bit, small)
-    update = _update(device, width, UPDATED, eight_bit, large)
+    int8, int8_back, dw, float32 = _products(backend, device, width, most, piece)
+    forward, backward = _elementwise(kernels, device, width, max(1, min(tokens, ACTIVATIONS // width)), piece)
+    least = _update(backend, device, TINY, SMALL_TENSOR, eight_bit, piece)
+    update = _update(backend, device, width, UPDATED, eight_bit, piece)
     return Rates(
         int8=int8,
         int8_back=int8_back,
         dw=dw,
-        attention=_attention(device, width, min(length, most), head_size, max(1, most // length), layer),
+        attention=_attention(device, width, min(length, most), head_size, max(1, most // length), piece),
         float32=float32,
         forward_bytes=forward,
         backward_bytes=backward,
-        logits=_loss(device, large),
+        logits=_loss(device, piece),
         optimizer=UPDATED / max(update - least, update / 2),
-        optimizer_float32=UPDATED / _update(device, width, UPDATED, False, large),
-        dispatch_s=_dispatch(backend, device, small),
+        optimizer_float32=UPDATED / _update(backend, device, width, UPDATED, False, piece),
+        dispatch_s=_dispatch(backend, device, piece),
         update_s=least,
     )
 
@@ -91,8 +87,6 @@ def _products(
     """FLOP/s of an int8 linear [2 width, width], of dx through it, of its dw, and of the same product in float32."""
     import torch
 
-    from edgegt.quant.linear import weight_gradient
-
     out = 2 * width
     x, dy = _random(tokens, width, device=device), _random(tokens, out, device=device)
     weight = _random(out, width, device=device).mul_(40).clamp_(-127, 127)
@@ -102,7 +96,7 @@ def _products(
     return (
         flops / time_of(lambda: backend.product(*backend.quantize_tokens(x), q, scale)),
         flops / time_of(lambda: backend.product_back(*backend.quantize_tokens(dy, scale), q)),
-        flops / time_of(lambda: weight_gradient(dy, rows, row_scale)),
+        flops / time_of(lambda: backend.weight_gradient(dy, rows, row_scale)),
         flops / time_of(lambda: x @ weight.t()),
     )
 
@@ -124,15 +118,10 @@ def _attention(device: torch.device, width: int, length: int, head_size: int, ro
     return 6 * 2 * rows * heads * length**2 * head_size / time_of(run)
 
 
-def _elementwise(device: torch.device, width: int, tokens: int, time_of: _Timer) -> tuple[float, float]:
+def _elementwise(kernels: Any, device: torch.device, width: int, tokens: int, time_of: _Timer) -> tuple[float, float]:
     """Kept bytes/s of the elementwise work of a layer, forward and backward: norms and residuals, rotary, gates."""
     forward = backward = 0.0
-    pieces: tuple[tuple[Callable[..., Tensor], int, int, float], ...] = (
-        (_norm, 2, 1, 2.0),
-        (_rotary, 1, 1, 1 + _KV),
-        (_gate, 2, 2, _FFN / 2),
-    )
-    for piece, count, wide, times in pieces:
+    for piece, count, wide, times in _pieces(kernels):
         inputs = [_random(tokens, wide * width, device=device).requires_grad_() for _ in range(count)]
         ahead = time_of(partial(piece, *inputs))
         both = time_of(partial(_there_and_back, piece, inputs))
@@ -142,28 +131,23 @@ def _elementwise(device: torch.device, width: int, tokens: int, time_of: _Timer)
     return kept / forward, kept / backward
 
 
-def _norm(x: Tensor, residual: Tensor) -> Tensor:
-    """Root-mean-square norm of a sum."""
+def _pieces(kernels: Any) -> tuple[tuple[Callable[..., Tensor], int, int, float], ...]:
+    """(function, its inputs, their width, how often): a norm of a sum, a rotation, a gated unit; as layers run them."""
     import torch
 
-    x = x + residual
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * x.new_ones(x.shape[-1])
+    from edgegt.fused import rms_norm, rotate, silu_mul
 
+    def norm(x: Tensor, residual: Tensor) -> Tensor:
+        return rms_norm(x + residual, torch.ones(x.shape[-1], device=x.device), 0.0, 1e-6, kernels)
 
-def _rotary(x: Tensor) -> Tensor:
-    """Rotary embedding, by halves."""
-    import torch
+    def turn(x: Tensor) -> Tensor:
+        angles = torch.ones(1, *x.shape, device=x.device)
+        return rotate(x[None, None], angles, angles, kernels)
 
-    half = x.shape[-1] // 2
-    turn = x.new_ones(x.shape[-1])
-    return x * turn + torch.cat((-x[..., half:], x[..., :half]), -1) * turn
+    def gate(x: Tensor, up: Tensor) -> Tensor:
+        return silu_mul(x, up, kernels)
 
-
-def _gate(gate: Tensor, up: Tensor) -> Tensor:
-    """A gated unit without its products."""
-    from torch.nn.functional import silu
-
-    return silu(gate) * up
+    return (norm, 2, 1, 2.0), (turn, 1, 1, 1 + _KV), (gate, 2, 2, _FFN / 2)
 
 
 def _there_and_back(piece: Callable[..., Tensor], inputs: list[Tensor]) -> None:
@@ -188,10 +172,12 @@ def _loss(device: torch.device, time_of: _Timer) -> float:
     return logits.numel() / time_of(run)
 
 
-def _update(device: torch.device, width: int, elements: int, eight_bit: bool, time_of: _Timer) -> float:
+def _update(
+    backend: Backend, device: torch.device, width: int, elements: int, eight_bit: bool, time_of: _Timer
+) -> float:
     """Seconds of what one trained tensor costs at a step: norm of its gradient, AdamW, its planes."""
     from edgegt.optimizer import AdamW, clip
-    from edgegt.quant import refresh_planes, split_planes
+    from edgegt.quant import split_planes
 
     optimizer, master = AdamW(eight_bit), _random(elements // width, width, device=device)
     gradient, planes = master.clone(), split_planes(master)
@@ -199,7 +185,7 @@ def _update(device: torch.device, width: int, elements: int, eight_bit: bool, ti
     def run() -> None:
         clip(gradient, 1.0)
         optimizer.update("piece", master, gradient, 1e-9)
-        refresh_planes(planes, master)
+        backend.refresh(planes, master)
 
     return time_of(run)
 
@@ -214,14 +200,15 @@ def _dispatch(backend: Backend, device: torch.device, time_of: _Timer) -> float:
     inputs = InputCache()
     weight = quantize_rows(torch.eye(TINY, device=device))
     linears = [Int8Linear(weight, backend=backend, inputs=inputs) for _ in range(_LINEARS)]
-    x = _random(1, 1, TINY, TINY, device=device).requires_grad_()
+    x = _random(TINY, TINY, device=device).requires_grad_()
+    (norm, *_), (turn, *_), (gated, *_) = _pieces(getattr(backend, "kernels", None))
 
     def run() -> None:
         q, k, v, o, gate, up, down = linears
-        h = _norm(x, x)
-        h = x + o(scaled_dot_product_attention(_rotary(q(h)), _rotary(k(h)), v(h), is_causal=True))
-        y = _norm(h, h)
-        y = h + down(_gate(gate(y), up(y)))
+        h = norm(x, x)
+        h = x + o(scaled_dot_product_attention(turn(q(h)), turn(k(h)), v(h)[None, None], is_causal=True))
+        y = norm(h, h)
+        y = h + down(gated(gate(y), up(y)))
         torch.autograd.grad(y, x, torch.ones_like(y))
 
     return time_of(run)
@@ -234,17 +221,14 @@ def _random(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, budget_s: float, fresh: bool = False) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device, budget_s: float) -> float:
     """Mean of 3 to 200 runs within the budget, after one that warms up.
 
-    The mean and not the median, because a step waits for other programs as the pieces do. fresh: give freed memory
-    back before each run, so that what it allocates is new whatever holes the heap happens to have.
+    The mean and not the median, because a step waits for other programs as the pieces do.
     """
     import torch
 
     def once() -> float:
-        if fresh:
-            trim()
         start = time.perf_counter()
         run()
         if device.type == "cuda":

@@ -27,13 +27,6 @@ _OUR_FOLDER = re.compile(r"[0-9a-f]{32}(\.\d+\.partial)?")
 _OUR_FILES = ("backend.json", "fingerprints.json")
 
 
-def cache_dir() -> Path:
-    """Where edgegt keeps what it can make again: $EDGEGT_CACHE, else the user's cache folder."""
-    given = os.environ.get("EDGEGT_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given) if given else base / "edgegt"
-
-
 @dataclass(frozen=True)
 class Entry:
     """One tensor of the model: its name in the model and in the source, its block, and how it is kept."""

@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from edgegt.architecture import block_in, head_name, is_encoder_decoder, is_int8, stacks_of, text_config
 from edgegt.cost import BatchShape, Block, CostTable, Path, Weight, Work
 from edgegt.errors import InputError
+from edgegt.flops import register_attention
+from edgegt.fused import fuse
 from edgegt.graph import NO_LAYER, Reading, candidates, noting_layers, read_graph
 
 _MORE_ROWS = BatchShape(4, 16, 8)
@@ -51,7 +53,7 @@ def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
     if is_encoder_decoder(config):
         auto, form = (AutoModelForSeq2SeqLM, "an encoder-decoder")
     try:
-        model = auto.from_config(copy.deepcopy(config), dtype=dtype)
+        model = _as_trained(auto, config, dtype)
     except (ValueError, KeyError, AttributeError) as error:
         kind = getattr(config, "model_type", "?")
         raise InputError(
@@ -67,6 +69,7 @@ def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
         parameter.requires_grad_(parameter.ndim <= 2)
     for module in embeddings:
         module.weight.requires_grad_(False)
+    fuse(model)
     experts = [name for name, parameter in model.named_parameters() if parameter.ndim > 2]
     if experts:
         raise InputError(
@@ -74,6 +77,16 @@ def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
             "convolutions are not supported; give a dense decoder-only model"
         )
     return model.eval(), tied
+
+
+def _as_trained(auto: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model with the attention that training uses; with transformers' own where it knows no other."""
+    if not is_encoder_decoder(config):
+        try:
+            return auto.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=register_attention())
+        except (ValueError, KeyError):  # an architecture with attention of its own
+            pass
+    return auto.from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def _read(model: Any, shape: BatchShape) -> Reading:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from edgegt.budget import fitting_probe_rows, largest, probe_seconds
+from edgegt.cache import cache_dir
 from edgegt.checkpoint import Position, save_checkpoint
 from edgegt.cost import CostTable, Totals
 from edgegt.data import collate
@@ -33,7 +34,6 @@ from edgegt.quant import Int8Embedding, Int8Linear
 from edgegt.rates import Rates, of_profile
 from edgegt.recompute import recomputed
 from edgegt.selection import Trainables
-from edgegt.store import cache_dir
 from edgegt.train import Parts, Progress, Recipe, train_round
 from edgegt.units import format_bytes
 from edgegt.value import values_of

@@ -58,11 +58,11 @@ def _options(folder: RunFolder) -> RunOptions:
 def _loaded(name: str, patch: Path | None, options: RunOptions | None, separator: str | None) -> Subject:
     import torch
 
+    from edgegt.cache import cache_dir
     from edgegt.model import load_int8
     from edgegt.patch import apply_patch, read_patch
     from edgegt.prepare import choose_kernels
     from edgegt.source import load_tokenizer, open_source, read_config
-    from edgegt.store import cache_dir
 
     if patch is not None:
         read_patch(patch)

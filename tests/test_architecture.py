@@ -23,11 +23,11 @@ LAYERS = {
     "order": "run",
     "stages": "calibrate full trainee prepare use outlook doctor report",
     "parts of a run": "train recompute evaluate checkpoint selection importance patch speed budget job",
-    "model and data": "model trace graph architecture head loss optimizer flops store source data quant",
-    "surroundings": "folder log watch home process",
+    "model and data": "model trace graph architecture head loss optimizer flops store source data quant native fused",
+    "surroundings": "folder log watch home process pool",
     "without torch": "calibrated chunks options device profile host cost rates memory case solver"
     " baselines problem planner value explain frontier",
-    "ground": "errors units version",
+    "ground": "errors units version cache",
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))

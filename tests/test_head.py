@@ -198,8 +198,11 @@ def test_an_int8_head_gives_what_its_forward_gives(kind: str, name: str) -> None
     gradients = torch.autograd.grad(expected, operands)
     found = head_loss(module_of(head), hidden, labels)
     torch.testing.assert_close(found, expected)
-    for mine, reference in zip(torch.autograd.grad(found, operands), gradients, strict=True):
-        assert float((mine - reference).norm() / reference.norm()) < 2e-3  # a rounding of dy may turn
+    found_gradients = torch.autograd.grad(found, operands)
+    hidden_gradient = found_gradients[0]
+    for mine, reference in zip(found_gradients, gradients, strict=True):
+        # a rounding of dy may turn; the layer's own backward forms dw from dy in integers
+        assert float((mine - reference).norm() / reference.norm()) < (2e-3 if mine is hidden_gradient else 2e-2)
 
 
 def test_the_meter_counts_labelled_positions() -> None:

@@ -265,7 +265,7 @@ def test_a_probe_sees_every_gradient_and_forms_none(backend: Backend, device: to
     seen: dict[str, Tensor] = {}
 
     def probe(name: str, dy: Tensor, q: Tensor, scale: Tensor) -> None:
-        seen[name] = weight_gradient(dy, q, scale)
+        seen[name] = backend.weight_gradient(dy, q, scale)
 
     x, weight = torch.randn(3, 20, 48, device=device), torch.randn(40, device=device)
     reference(x).mul(weight).sum().backward()
@@ -306,14 +306,15 @@ def test_its_products_alone_are_those_of_autograd(backend: Backend, device: torc
     meter = layer.meter = CountingMeter()
     assert torch.equal(layer.logits(q, scale), y)
     assert torch.equal(layer.input_gradient(dy), x.grad)
+    assert torch.equal(layer.weight_gradient(dy, q, scale), layer.master.grad)
     dw = layer.master_gradient(dy, q, scale)
-    assert torch.equal(dw, layer.master.grad)
+    assert snr_db(layer.master.grad, dw) > 36
     total = torch.ones_like(dw)
     for part in (slice(20), slice(20, None)):
         assert layer.master_gradient(dy[part], q[part], scale[part], total) is total
     torch.testing.assert_close(total, dw + 1, rtol=1e-5, atol=1e-5)
     one = 2 * 50 * 96 * 64
-    assert meter.flops == {"forward": one, "low_plane": one, "dx": one, "dw": 2 * one}
+    assert meter.flops == {"forward": one, "low_plane": one, "dx": one, "dw": 3 * one}
 
 
 def test_a_bfloat16_master_has_a_float32_gradient(backend: Backend, device: torch.device) -> None:
@@ -325,7 +326,7 @@ def test_a_bfloat16_master_has_a_float32_gradient(backend: Backend, device: torc
     x, dy = torch.randn(50, 96, device=device), torch.randn(50, 64, device=device)
     for _ in range(2):
         layer(x).backward(dy)
-    expected = 2 * layer.master_gradient(dy, *backend.quantize_tokens(x))
+    expected = 2 * layer.weight_gradient(dy, *backend.quantize_tokens(x))
     assert layer.master.grad is not None
     if hasattr(layer.master, "grad_dtype"):
         assert torch.equal(layer.master.grad, expected)

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from edgegt import store
+from edgegt.cache import cache_dir
 from edgegt.errors import InputError
 from edgegt.quant import dequantize, quantize_rows
 from edgegt.source import Source, fingerprint, load_tokenizer, locate, open_source, read_config
-from edgegt.store import Entry, base_store, cache_dir, clear_cache, list_cache
+from edgegt.store import Entry, base_store, clear_cache, list_cache
 from tiny_models import FAMILIES, SHARED, load, save_model
 
 STORIES = SHARED / "data" / "models" / "stories260K"

@@ -32,7 +32,7 @@ from edgegt.architecture import is_linear, is_transposed
 from edgegt.data import Batch, Example, Row, collate
 from edgegt.flops import FlopMeter
 from edgegt.model import Int8Model, load_int8
-from edgegt.quant import InputCache, Int8Linear, TorchBackend, quantize_rows
+from edgegt.quant import Backend, InputCache, Int8Linear, TorchBackend, quantize_rows
 from edgegt.source import open_source, read_config
 from edgegt.store import Entry
 
@@ -103,9 +103,9 @@ def save_model(folder: Path, config: Any, seed: int = 0, **options: Any) -> Any:
     return model
 
 
-def load(folder: Path, cache: Path) -> Int8Model:
-    """The saved model in int8, with torch's own integer products."""
-    return load_int8(read_config(str(folder)), open_source(str(folder)), cache, TorchBackend(), CPU)
+def load(folder: Path, cache: Path, backend: Backend | None = None) -> Int8Model:
+    """The saved model in int8, with torch's own integer products unless a backend is given."""
+    return load_int8(read_config(str(folder)), open_source(str(folder)), cache, backend or TorchBackend(), CPU)
 
 
 class _Originals:

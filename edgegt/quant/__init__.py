@@ -16,6 +16,7 @@ from edgegt.quant.backend import Backend, BackendCheck, Choice, ReferenceBackend
 from edgegt.quant.bnb_backend import BitsandbytesBackend
 from edgegt.quant.embedding import Int8Embedding
 from edgegt.quant.linear import InputCache, Int8Linear, Meter, Probe
+from edgegt.quant.native_backend import NativeBackend
 from edgegt.quant.rows import TrainedRows, index_fault
 from edgegt.quant.torch_backend import TorchBackend
 from edgegt.quant.weight import Int8Weight, dequantize, quantize_rows, refresh_planes, split_planes
@@ -30,10 +31,12 @@ __all__ = [
     "Int8Linear",
     "Int8Weight",
     "Meter",
+    "NativeBackend",
     "Probe",
     "ReferenceBackend",
     "TorchBackend",
     "TrainedRows",
+    "backends_of",
     "check_backends",
     "choose_backend",
     "dequantize",
@@ -46,14 +49,22 @@ __all__ = [
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "torch": TorchBackend,
     "bitsandbytes": BitsandbytesBackend,
+    "native": NativeBackend,
 }
+_ONLY_ON = {"native": "cpu"}
+
+
+def backends_of(device: torch.device) -> dict[str, Callable[[], Backend]]:
+    """Those that can run on devices of this type at all."""
+    return {name: make for name, make in BACKENDS.items() if _ONLY_ON.get(name, device.type) == device.type}
 
 
 def check_backends(device: torch.device | str) -> list[BackendCheck]:
     """Run every backend's kernels, compare them with float products and time them (for `edgegt doctor`)."""
-    return _backend.check(BACKENDS, torch.device(device))
+    return _backend.check(backends_of(torch.device(device)), torch.device(device))
 
 
 def choose_backend(device: torch.device | str, cache_dir: Path) -> Choice:
     """The fastest backend whose kernels agree here, measured once per machine and version (`backend.json`)."""
-    return _backend.choose(BACKENDS, torch.device(device), cache_dir)
+    device = torch.device(device)
+    return _backend.choose(backends_of(device), device, cache_dir)

@@ -15,15 +15,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from edgegt.quant.weight import absmax, row_chunks
+from edgegt.native import compiler_words
+from edgegt.pool import empty
+from edgegt.quant.weight import LOW_STEPS, Int8Weight, absmax, refresh_planes, row_chunks
 
 TOKEN_ELEMENTS = 2**20
+DW_TOKENS = 1024
+# 2^32 divided by the golden ratio and by the plastic number: multiples of them fill [0, 2^32) evenly.
+GOLDEN, PLASTIC = 2654435769, 3242174889
 SMALLEST_TOKEN_SCALE = 2.0**-100
 AGREEMENT = 1e-3
 ROUNDING = 0.02
@@ -34,7 +40,7 @@ TIMED_TURNS = 12
 FASTER = 1.05
 REFERENCE_FASTER = 1.5
 FILE_NAME = "backend.json"
-FILE_FORMAT = 1
+FILE_FORMAT = 2
 
 
 class Backend(Protocol):
@@ -46,18 +52,28 @@ class Backend(Protocol):
         """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns with columns [k]; scale = absmax / 127."""
         ...
 
-    def product(self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor) -> Tensor:
-        """y = x W^T, float32 [n, out], from q [n, k], weight_q [out, k] and weight_scale [out]."""
+    def product(
+        self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor, low: Tensor | None = None
+    ) -> Tensor:
+        """y = x W^T, float32 [n, out], from q [n, k], weight_q [out, k], weight_scale [out]; low: a second plane."""
         ...
 
     def product_back(self, q: Tensor, scale: Tensor, weight_q: Tensor) -> Tensor:
         """dx = dy W, float32 [n, k], from q [n, out] and weight_q [out, k]; dy already holds the row scales."""
         ...
 
+    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        """dw = dy^T x, float32 [out, k], from float32 dy [n, out] and the quantised x, q [n, k] and scale [n]."""
+        ...
+
+    def refresh(self, weight: Int8Weight, master: Tensor) -> None:
+        """As weight.refresh_planes."""
+        ...
+
 
 @dataclass(frozen=True)
 class BackendCheck:
-    """One backend on this machine. error: why it is not ok; gflops: quantising, y and dx together."""
+    """One backend on this machine. error: why it is not ok; gflops: quantising, y, dx and dw together."""
 
     name: str
     ok: bool
@@ -78,7 +94,7 @@ class Choice:
 
 def quantize_tokens(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Per-row absmax quantisation in torch, at most 4 MiB of float32 at a time. NaN and infinity end in the scale."""
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    q = empty(x.shape, torch.int8, x.device)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     for rows in row_chunks(x, elements=TOKEN_ELEMENTS):
         part = x[rows].to(torch.float32)
@@ -100,6 +116,37 @@ def scale_product(product: Tensor, scale: Tensor, weight_scale: Tensor | None = 
     return result if weight_scale is None else result.mul_(weight_scale)
 
 
+def quantize_columns(x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [n, k], float32 scale [k]) of x [n, k] * tokens[:, None]: the operand of a sum over n.
+
+    A value between two steps goes up as often as its share says, by a fixed pattern that is even along each column:
+    rounding to nearest would lose from the sum whatever is much smaller than the largest of its column.
+    """
+    if x.shape[0] == 0:
+        return torch.empty(x.shape, dtype=torch.int8, device=x.device), torch.zeros(x.shape[1], device=x.device)
+    part = x.to(torch.float32) * tokens.unsqueeze(1)
+    scale = absmax(part.t()).div_(127).clamp_min_(SMALLEST_TOKEN_SCALE)
+    rows = torch.arange(x.shape[0], device=x.device).mul_(GOLDEN).remainder_(2**32)
+    columns = torch.arange(x.shape[1], device=x.device).mul_(PLASTIC).remainder_(2**32)
+    for some in row_chunks(part, elements=TOKEN_ELEMENTS):
+        turn = (rows[some].unsqueeze(1) + columns).remainder_(2**32).bitwise_right_shift_(8)
+        part[some].mul_(scale.reciprocal()).add_(turn.to(torch.float32), alpha=2.0**-24).floor_()
+    return part.clamp_(-127, 127).to(torch.int8), scale
+
+
+def weight_gradient(dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """dw = dy^T x in float32 [out, in], from dy [n, out] and the quantised x; x is float only 1024 tokens at a time.
+
+    out: float32 [out, in] to add dw to, in place.
+    """
+    dw = torch.zeros(dy.shape[1], q.shape[1], dtype=torch.float32, device=q.device) if out is None else out
+    for start in range(0, q.shape[0], DW_TOKENS):
+        tokens = slice(start, start + DW_TOKENS)
+        x = q[tokens].to(torch.float32).mul_(scale[tokens].unsqueeze(1))
+        dw.addmm_(dy[tokens].to(torch.float32).t(), x)
+    return dw
+
+
 class ReferenceBackend:
     """The same operations with float32 products of the integers: slow where int8 kernels exist, right everywhere."""
 
@@ -109,12 +156,17 @@ class ReferenceBackend:
         """As Backend."""
         return quantize_tokens(x, columns)
 
-    def product(self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor) -> Tensor:
+    def product(
+        self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor, low: Tensor | None = None
+    ) -> Tensor:
         """As Backend."""
         x = q.to(torch.float32).mul_(scale.unsqueeze(1))
         y = torch.empty(q.shape[0], weight_q.shape[0], dtype=torch.float32, device=q.device)
         for rows in row_chunks(weight_q, elements=TOKEN_ELEMENTS):
-            torch.mm(x, weight_q[rows].to(torch.float32).t(), out=y[:, rows])
+            part = weight_q[rows].to(torch.float32)
+            if low is not None:
+                part.add_(low[rows].to(torch.float32), alpha=1 / LOW_STEPS)
+            torch.mm(x, part.t(), out=y[:, rows])
         return y.mul_(weight_scale)
 
     def product_back(self, q: Tensor, scale: Tensor, weight_q: Tensor) -> Tensor:
@@ -123,6 +175,14 @@ class ReferenceBackend:
         for rows in row_chunks(weight_q, elements=TOKEN_ELEMENTS):
             dx.addmm_(q[:, rows].to(torch.float32), weight_q[rows].to(torch.float32))
         return dx.mul_(scale.unsqueeze(1))
+
+    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        """As Backend, in float32."""
+        return weight_gradient(dy, q, scale)
+
+    def refresh(self, weight: Int8Weight, master: Tensor) -> None:
+        """As Backend."""
+        refresh_planes(weight, master)
 
 
 def check(backends: Mapping[str, Callable[[], Backend]], device: torch.device) -> list[BackendCheck]:
@@ -138,15 +198,15 @@ def check(backends: Mapping[str, Callable[[], Backend]], device: torch.device) -
         except Exception as problem:  # whatever a native package raises makes it unavailable, with the reason
             results.append(BackendCheck(name, False, _reason(problem)))
     speeds = _gflops({item.name: sound[item.name] for item in results if item.ok}, device)
-    note = f"y and dx agree on {len(CHECK_SHAPES)} shapes"
+    note = f"y, dx and dw agree on {len(CHECK_SHAPES)} shapes"
     return [replace(item, gflops=speeds[item.name], note=note) if item.ok else item for item in results]
 
 
 def choose(backends: Mapping[str, Callable[[], Backend]], device: torch.device, cache_dir: Path) -> Choice:
     """The stored choice for this machine and these versions, or a new one, which is stored."""
+    known = {**backends, ReferenceBackend.name: ReferenceBackend}
     path, key = cache_dir / FILE_NAME, machine_key(device)
     stored, lines = _read(path)
-    known = {**backends, ReferenceBackend.name: ReferenceBackend}
     entry = stored.get(key)
     if isinstance(entry, dict) and entry.get("backend") in known:
         try:
@@ -161,13 +221,14 @@ def choose(backends: Mapping[str, Callable[[], Backend]], device: torch.device, 
 
 
 def machine_key(device: torch.device) -> str:
-    """What a choice depends on: device, its name, versions of torch and bitsandbytes, threads."""
+    """What a choice depends on: device, its name, versions of torch and bitsandbytes, a compiler, threads."""
     try:
         bitsandbytes = metadata.version("bitsandbytes")
     except metadata.PackageNotFoundError:
         bitsandbytes = "absent"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    parts = (device.type, name, f"torch {torch.__version__}", f"bitsandbytes {bitsandbytes}")
+    compiler = (compiler_words() or ["no compiler"])[0]
+    parts = (device.type, name, f"torch {torch.__version__}", f"bitsandbytes {bitsandbytes}", compiler)
     return " | ".join((*parts, f"{torch.get_num_threads()} threads"))
 
 
@@ -214,6 +275,11 @@ def _disagreement(backend: Backend, device: torch.device, shape: tuple[int, int,
         if not _relative(read, meant) < ROUNDING:
             raise ArithmeticError(f"its quantised tokens are off by {_relative(read, meant):.1e} (allowed {ROUNDING})")
         if columns is None:
+            dw = backend.weight_gradient(dy, q, scale).cpu().double()
+            error = _relative(dw, dy.cpu().double().t() @ read)
+            if not error < ROUNDING:
+                raise ArithmeticError(f"its weight gradient is off by {error:.1e} (allowed {ROUNDING})")
+        if columns is None:
             y = backend.product(q, scale, weight, weight_scale)
             errors.append(_relative(y.cpu().double(), read @ whole.t() * weight_scale.cpu().double()))
         else:
@@ -227,7 +293,7 @@ def _relative(value: Tensor, reference: Tensor) -> float:
 
 
 def _gflops(backends: Mapping[str, Backend], device: torch.device) -> dict[str, float]:
-    """The best of a few runs of y and dx with their quantisation, in 1e9 FLOP/s; about 0.3 s, by turns.
+    """The best of a few runs of y, dx and dw with their quantisation, in 1e9 FLOP/s; about 0.3 s, by turns.
 
     A busy machine slows some runs down a lot: taking turns and the best run keeps it from deciding.
     """
@@ -237,15 +303,17 @@ def _gflops(backends: Mapping[str, Backend], device: torch.device) -> dict[str, 
     for turn in range(TIMED_TURNS + 1):
         for name, backend in backends.items():
             start = time.perf_counter()
-            y = backend.product(*backend.quantize_tokens(x), weight, scale)
+            q, tokens = backend.quantize_tokens(x)
+            y = backend.product(q, tokens, weight, scale)
             dx = backend.product_back(*backend.quantize_tokens(dy, scale), weight)
-            float(y[0, 0] + dx[0, 0])  # waits for an asynchronous device
+            dw = backend.weight_gradient(dy, q, tokens)
+            float(y[0, 0] + dx[0, 0] + dw[0, 0])  # waits for an asynchronous device
             if turn > 0:  # the first turn warms up
                 best[name] = min(best[name], time.perf_counter() - start)
         if turn > 0 and time.perf_counter() > end:
             break
-    tokens, inner, out = TIMED_SHAPE
-    return {name: 4 * tokens * inner * out / seconds / 1e9 for name, seconds in best.items()}
+    flops = 6 * prod(TIMED_SHAPE)
+    return {name: flops / seconds / 1e9 for name, seconds in best.items()}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:

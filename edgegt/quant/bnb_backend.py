@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgegt.quant.backend import TOKEN_ELEMENTS, quantize_tokens, scale_product
-from edgegt.quant.weight import row_chunks
+from edgegt.quant.backend import TOKEN_ELEMENTS, quantize_columns, quantize_tokens, scale_product
+from edgegt.quant.weight import LOW_STEPS, Int8Weight, refresh_planes, row_chunks
 
 
 class BitsandbytesBackend:
@@ -42,14 +42,26 @@ class BitsandbytesBackend:
             q[rows], scale[rows], _ = self._quantize(part if columns is None else part * columns)
         return q, scale.div_(127)
 
-    def product(self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor) -> Tensor:
+    def product(
+        self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor, low: Tensor | None = None
+    ) -> Tensor:
         """y = x W^T, float32 [n, out], from q [n, k] and weight_q [out, k]."""
-        return scale_product(self._product(q, weight_q), scale, weight_scale)
+        y = scale_product(self._product(q, weight_q), scale, weight_scale)
+        return y if low is None else y.add_(scale_product(self._product(q, low), scale, weight_scale / LOW_STEPS))
 
     def product_back(self, q: Tensor, scale: Tensor, weight_q: Tensor) -> Tensor:
         """dx = dy W, float32 [n, k], from q [n, out] and weight_q [out, k] (transposed by a copy off the CPU)."""
         transposed = weight_q.t() if q.device.type == "cpu" else weight_q.t().contiguous()
         return scale_product(self._product(q, transposed), scale)
+
+    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        """dw = dy^T x, float32 [out, k], as a product of integers; both operands are transposed by a copy."""
+        columns, column_scale = quantize_columns(dy, scale)
+        return scale_product(self._product(columns.t().contiguous(), q.t().contiguous()), column_scale)
+
+    def refresh(self, weight: Int8Weight, master: Tensor) -> None:
+        """As weight.refresh_planes."""
+        refresh_planes(weight, master)
 
     def _product(self, q: Tensor, weight_q: Tensor) -> Tensor:
         if 0 in (*q.shape, *weight_q.shape):

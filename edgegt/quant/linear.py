@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from edgegt.quant.backend import Backend
+from edgegt.quant.backend import Backend, weight_gradient
 from edgegt.quant.rows import TrainedRows
-from edgegt.quant.weight import LOW_STEPS, Int8Weight, refresh_planes, split_planes
+from edgegt.quant.weight import Int8Weight, split_planes
 
-DW_TOKENS = 1024
 Probe = Callable[[str, Tensor, Tensor, Tensor], None]
 
 
@@ -129,7 +128,8 @@ class Int8Linear(nn.Module):
 
     def refresh(self) -> None:
         """Bring the planes up to the master after an optimizer step. Raises: EdgegtError when it is not finite."""
-        refresh_planes(self.weight if self.rows is None else self.rows.weight, self._trained())
+        planes = self.weight if self.rows is None else self.rows.weight
+        self.backend.refresh(planes, self._trained().detach())
 
     def demote(self) -> Tensor:
         """Freeze what is trained in its two planes, so that the function stays the same; returns the master."""
@@ -168,8 +168,15 @@ class Int8Linear(nn.Module):
         rows = self.rows.weight
         return dx.add_(self._back(self.rows.columns(dy), rows.scale.to(torch.float32), rows, self._again("dx")))
 
+    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        """dw, float32 [out, in] or, of R trained rows, [R, in], as the backend forms it: by integers if it can."""
+        part = dy if self.rows is None else self.rows.columns(dy)
+        self._count("dw", *part.shape)
+        return self.backend.weight_gradient(part, q, scale)
+
     def master_gradient(self, dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-        """dw, float32 [out, in] or, of R trained rows, [R, in]; of dy [n, out]; added to `out` in place when given."""
+        """The same in float32, added to `out` in place when given: for the gradient of a softmax, whose columns have
+        too wide a range for integers."""
         part = dy if self.rows is None else self.rows.columns(dy)
         self._count("dw", *part.shape)
         return weight_gradient(part, q, scale, out)
@@ -193,10 +200,9 @@ class Int8Linear(nn.Module):
     def _planes(self, q: Tensor, scale: Tensor, weight: Int8Weight, kind: str) -> Tensor:
         size = (q.shape[0], weight.shape[0])
         weight_scale = weight.scale.to(torch.float32)
-        y = self.backend.product(q, scale, weight.q, weight_scale)
+        y = self.backend.product(q, scale, weight.q, weight_scale, weight.low)
         self._count(kind, *size)
         if weight.low is not None:
-            y.add_(self.backend.product(q, scale, weight.low, weight_scale / LOW_STEPS))
             self._count("low_plane", *size)
         return y
 
@@ -237,7 +243,7 @@ class _Int8Product(torch.autograd.Function):
         if ctx.probe is not None:
             ctx.probe(layer.name, dy.to(torch.float32), *ctx.saved_tensors)
         elif needs_master:
-            dw = layer.master_gradient(dy, *ctx.saved_tensors)
+            dw = layer.weight_gradient(dy, *ctx.saved_tensors)
         if needs_x:
             dx = layer.input_gradient(dy).to(ctx.dtype).reshape(ctx.shape)
         if needs_bias:
@@ -246,16 +252,3 @@ class _Int8Product(torch.autograd.Function):
 
 
 _int8_product = cast(Callable[..., Tensor], _Int8Product.apply)
-
-
-def weight_gradient(dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """dw = dy^T x, float32 [out, in], from dy [n, out] and the quantised x; x is float only 1024 tokens at a time.
-
-    out: float32 [out, in] to add dw to, in place.
-    """
-    dw = torch.zeros(dy.shape[1], q.shape[1], dtype=torch.float32, device=q.device) if out is None else out
-    for start in range(0, q.shape[0], DW_TOKENS):
-        tokens = slice(start, start + DW_TOKENS)
-        x = q[tokens].to(torch.float32).mul_(scale[tokens].unsqueeze(1))
-        dw.addmm_(dy[tokens].to(torch.float32).t(), x)
-    return dw

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from edgegt.quant.backend import quantize_tokens, scale_product
+from edgegt.pool import empty
+from edgegt.quant.backend import quantize_columns, quantize_tokens, scale_product
+from edgegt.quant.weight import LOW_STEPS, Int8Weight, refresh_planes
 
 CUDA_ROWS = 32
 CUDA_MULTIPLE = 8
@@ -27,20 +29,40 @@ class TorchBackend:
         """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns."""
         return quantize_tokens(x, columns)
 
-    def product(self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor) -> Tensor:
+    def product(
+        self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor, low: Tensor | None = None
+    ) -> Tensor:
         """y = x W^T, float32 [n, out], from q [n, k] and weight_q [out, k]."""
-        return scale_product(int_mm(q, weight_q.t()), scale, weight_scale)
+        y = scale_product(int_mm(q, weight_q.t()), scale, weight_scale)
+        return y if low is None else y.add_(scale_product(int_mm(q, low.t()), scale, weight_scale / LOW_STEPS))
 
     def product_back(self, q: Tensor, scale: Tensor, weight_q: Tensor) -> Tensor:
         """dx = dy W, float32 [n, k], from q [n, out] and weight_q [out, k]."""
         return scale_product(int_mm(q, weight_q), scale)
+
+    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        """dw = dy^T x, float32 [out, k], as a product of integers: x keeps its own, dy gets one scale per column."""
+        columns, column_scale = quantize_columns(dy, scale)
+        return scale_product(int_mm(turned(columns), q), column_scale)
+
+    def refresh(self, weight: Int8Weight, master: Tensor) -> None:
+        """As weight.refresh_planes."""
+        refresh_planes(weight, master)
+
+
+def turned(q: Tensor) -> Tensor:
+    """q^T without a copy. A matrix of one column becomes a row with a row's strides: CPU's product needs them."""
+    return q.reshape(q.shape[1], q.shape[0]) if 1 in q.shape else q.t()
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """The int32 product of two int8 matrices, padded where the device asks for it."""
     if 0 in (*a.shape, *b.shape):
         return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
-    return padded_int_mm(a, b) if a.device.type == "cuda" else torch._int_mm(a, b)
+    if a.device.type == "cuda":
+        return padded_int_mm(a, b)
+    product = empty((a.shape[0], b.shape[1]), torch.int32, a.device)
+    return torch._int_mm(a, b, out=product)
 
 
 def padded_int_mm(a: Tensor, b: Tensor) -> Tensor:

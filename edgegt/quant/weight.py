@@ -76,7 +76,12 @@ def refresh_planes(weight: Int8Weight, master: Tensor, chunk_rows: int | None = 
     if master.shape != weight.shape:
         raise ValueError(f"master is {tuple(master.shape)}, the planes are {tuple(weight.shape)}")
     _fill(weight, master.detach(), chunk_rows)
-    if not _finite(weight.scale):
+    check_planes(_finite(weight.scale))
+
+
+def check_planes(finite: bool) -> None:
+    """Raises: EdgegtError when refreshed planes are of a master that is not finite."""
+    if not finite:
         raise EdgegtError("a trained tensor holds NaN or infinity: run again with a lower --lr")
 
 

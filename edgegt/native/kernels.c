@@ -1,0 +1,251 @@
+/* The elementwise parts of a step, each in one pass over memory.
+
+   What torch does in five or six operations, each of which reads and writes a whole matrix, is done here a row at a
+   time, so that a row stays in the first cache. Plain C that a compiler turns into vector instructions (no intrinsics):
+   the same file serves x86-64 and aarch64. Matrices are contiguous and row-major. Every function takes the number of
+   threads last and writes only what its comment says. Results do not depend on the number of threads.  */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define API __attribute__((visibility("default")))
+#define ROWS(threads) _Pragma("omp parallel for num_threads(threads) schedule(static)")
+static const float SMALLEST = 0x1p-100f;
+static const float LOW_STEPS = 254.0f;
+/* 2^32 divided by the golden ratio and by the plastic number: multiples of them fill [0, 2^32) evenly. */
+static const uint32_t GOLDEN = 2654435769u, PLASTIC = 3242174889u;
+
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static inline float of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Magnitudes are compared as integers: the order is the same, and NaN is the largest, so that it is never lost. */
+static inline uint32_t magnitude(float value) { return bits_of(value) & 0x7fffffffu; }
+
+static inline float step_of(uint32_t largest) {
+    float step = of_bits(largest) / 127.0f;
+    return step < SMALLEST ? SMALLEST : step; /* false for NaN, which stays */
+}
+
+/* A float that is no number has no integer: it is kept out of the conversion, and the scale says it. */
+static inline int8_t limited(float whole) {
+    whole = whole > 127.0f ? 127.0f : whole;
+    whole = whole > -127.0f ? whole : -127.0f;
+    return (int8_t)(int32_t)whole;
+}
+
+static inline int8_t to_int8(float value) { return limited(rintf(value)); }
+
+/* q [n, k], scale [n] of x [n, k], or of x * columns with columns [k]. */
+API void quantize_rows(const float *x, const float *columns, int64_t n, int64_t k, int8_t *q, float *scale, int threads) {
+    ROWS(threads)
+    for (int64_t row = 0; row < n; row++) {
+        const float *in = x + row * k;
+        int8_t *out = q + row * k;
+        uint32_t largest = 0;
+        if (columns) {
+            for (int64_t i = 0; i < k; i++) {
+                uint32_t size = magnitude(in[i] * columns[i]);
+                largest = size > largest ? size : largest;
+            }
+        } else {
+            for (int64_t i = 0; i < k; i++) {
+                uint32_t size = magnitude(in[i]);
+                largest = size > largest ? size : largest;
+            }
+        }
+        float step = step_of(largest), inverse = 1.0f / step;
+        scale[row] = step;
+        if (columns) {
+            for (int64_t i = 0; i < k; i++) out[i] = to_int8(in[i] * columns[i] * inverse);
+        } else {
+            for (int64_t i = 0; i < k; i++) out[i] = to_int8(in[i] * inverse);
+        }
+    }
+}
+
+/* q [n, k], scale [k] of x[i, :] * tokens[i], one scale per column: the operand of a sum over rows. A value between
+   two steps goes up as often as its share says, by a fixed pattern that is even along each column, so that what is much
+   smaller than the largest of its column is not lost from the sum. */
+API void quantize_columns(const float *x, const float *tokens, int64_t n, int64_t k, int8_t *q, float *scale,
+                          int threads) {
+    enum { STRIP = 256 };
+    ROWS(threads)
+    for (int64_t start = 0; start < k; start += STRIP) {
+        int64_t width = k - start < STRIP ? k - start : STRIP;
+        uint32_t largest[STRIP] = {0};
+        float inverse[STRIP];
+        for (int64_t row = 0; row < n; row++) {
+            const float *in = x + row * k + start, token = tokens[row];
+            for (int64_t i = 0; i < width; i++) {
+                uint32_t size = magnitude(in[i] * token);
+                largest[i] = size > largest[i] ? size : largest[i];
+            }
+        }
+        for (int64_t i = 0; i < width; i++) {
+            float step = step_of(largest[i]);
+            scale[start + i] = step;
+            inverse[i] = 1.0f / step;
+        }
+        for (int64_t row = 0; row < n; row++) {
+            const float *in = x + row * k + start, token = tokens[row];
+            int8_t *out = q + row * k + start;
+            uint32_t turn = (uint32_t)row * GOLDEN;
+            for (int64_t i = 0; i < width; i++) {
+                uint32_t at = turn + (uint32_t)(start + i) * PLASTIC;
+                float share = (float)(int32_t)(at >> 8) * 0x1p-24f;
+                out[i] = limited(floorf(in[i] * token * inverse[i] + share));
+            }
+        }
+    }
+}
+
+/* y [n, m] = rows[:, None] * (high + low / 254) * columns + bias; low, columns, bias may be absent; y may be high. */
+API void scale_product(const int32_t *high, const int32_t *low, const float *rows, const float *columns,
+                       const float *bias, int64_t n, int64_t m, float *y, int threads) {
+    ROWS(threads)
+    for (int64_t row = 0; row < n; row++) {
+        const int32_t *in = high + row * m, *more = low + row * m;
+        float *out = y + row * m, scale = rows[row];
+        if (low && columns) {
+            for (int64_t i = 0; i < m; i++)
+                out[i] = ((float)in[i] + (float)more[i] * (1.0f / LOW_STEPS)) * scale * columns[i];
+        } else if (columns) {
+            for (int64_t i = 0; i < m; i++) out[i] = (float)in[i] * scale * columns[i];
+        } else {
+            for (int64_t i = 0; i < m; i++) out[i] = (float)in[i] * scale;
+        }
+        if (bias)
+            for (int64_t i = 0; i < m; i++) out[i] += bias[i];
+    }
+}
+
+/* The planes q, low [n, k] and bfloat16 scales [n], rounded up, of the master w [n, k]; returns how many scales are
+   not finite. */
+API int64_t split_planes(const float *w, int64_t n, int64_t k, int8_t *q, int8_t *low, uint16_t *scale, int threads) {
+    int64_t broken = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : broken)
+    for (int64_t row = 0; row < n; row++) {
+        const float *in = w + row * k;
+        int8_t *high = q + row * k, *rest = low + row * k;
+        uint32_t largest = 0;
+        for (int64_t i = 0; i < k; i++) {
+            uint32_t size = magnitude(in[i]);
+            largest = size > largest ? size : largest;
+        }
+        uint32_t bits = bits_of(step_of(largest));
+        int finite = (bits & 0x7f800000u) != 0x7f800000u;
+        uint32_t up = finite ? (bits + 0xffffu) >> 16 : bits >> 16;
+        finite = finite && (up & 0x7f80u) != 0x7f80u;
+        broken += !finite;
+        scale[row] = (uint16_t)(finite ? up : 0x7fc0u);
+        float step = of_bits(up << 16);
+        for (int64_t i = 0; i < k; i++) {
+            float ratio = in[i] / step, whole = rintf(ratio);
+            high[i] = to_int8(whole);
+            rest[i] = to_int8((ratio - whole) * LOW_STEPS);
+        }
+    }
+    return broken;
+}
+
+/* y [n, k] = x * rstd * (weight + offset), rstd [n] = 1 / sqrt(mean(x^2) + eps). */
+API void rms_norm(const float *x, const float *weight, float offset, float eps, int64_t n, int64_t k, float *y,
+                  float *rstd, int threads) {
+    ROWS(threads)
+    for (int64_t row = 0; row < n; row++) {
+        const float *in = x + row * k;
+        float *out = y + row * k, sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < k; i++) sum += in[i] * in[i];
+        float r = 1.0f / sqrtf(sum / (float)k + eps);
+        rstd[row] = r;
+        for (int64_t i = 0; i < k; i++) out[i] = in[i] * r * (weight[i] + offset);
+    }
+}
+
+/* dx [n, k] of rms_norm from dy [n, k]. */
+API void rms_norm_back(const float *dy, const float *x, const float *weight, float offset, const float *rstd,
+                       int64_t n, int64_t k, float *dx, int threads) {
+    ROWS(threads)
+    for (int64_t row = 0; row < n; row++) {
+        const float *in = x + row * k, *up = dy + row * k;
+        float *out = dx + row * k, r = rstd[row], sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < k; i++) sum += up[i] * (weight[i] + offset) * in[i];
+        float share = sum * r * r / (float)k;
+        for (int64_t i = 0; i < k; i++) out[i] = r * (up[i] * (weight[i] + offset) - share * in[i]);
+    }
+}
+
+/* e^x for x <= 0 to 2 units in the last place; below -87 it is e^-87. Polynomial on [-ln 2 / 2, ln 2 / 2]. */
+static inline float exp_of(float x) {
+    x = x > -87.0f ? x : -87.0f;
+    float n = rintf(x * 1.44269504f);
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * of_bits((uint32_t)((int32_t)n + 127) << 23);
+}
+
+static inline float sigmoid(float x) {
+    float faint = exp_of(-fabsf(x)), large = 1.0f / (1.0f + faint);
+    return x >= 0.0f ? large : 1.0f - large;
+}
+
+/* y [n] = silu(gate) * up. */
+API void silu_mul(const float *gate, const float *up, int64_t n, float *y, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+}
+
+/* The gradients to gate and up [n] from dy [n]. */
+API void silu_mul_back(const float *dy, const float *gate, const float *up, int64_t n, float *dgate, float *dup,
+                       int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        float s = sigmoid(gate[i]), silu = gate[i] * s;
+        dup[i] = dy[i] * silu;
+        dgate[i] = dy[i] * up[i] * (s + silu * (1.0f - s));
+    }
+}
+
+/* y [rows, heads, d] = x * cos + rotate_half(x) * sin, or with back its transpose; cos, sin [rows or 1 per row, d].
+   stride: elements from one row of cos to the next. x may have row and head strides of its own; y is contiguous. */
+API void rotate(const float *x, int64_t row_stride, int64_t head_stride, const float *cosine, const float *sine,
+                int64_t angles, int64_t rows, int64_t heads, int64_t d, int back, float *y, int threads) {
+    int64_t half = d / 2;
+    ROWS(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *c = cosine + (row % angles) * d, *s = sine + (row % angles) * d;
+        for (int64_t head = 0; head < heads; head++) {
+            const float *in = x + row * row_stride + head * head_stride;
+            float *out = y + (row * heads + head) * d;
+            if (back) {
+                for (int64_t i = 0; i < half; i++) {
+                    out[i] = in[i] * c[i] + in[half + i] * s[half + i];
+                    out[half + i] = in[half + i] * c[half + i] - in[i] * s[i];
+                }
+            } else {
+                for (int64_t i = 0; i < half; i++) {
+                    out[i] = in[i] * c[i] - in[half + i] * s[i];
+                    out[half + i] = in[half + i] * c[half + i] + in[i] * s[half + i];
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,55 @@
+"""int8 products by torch, and everything around them in C (`edgegt.native`): CPUs with a compiler.
+
+torch's int8 product reaches 590 to 710 GFLOP/s on one core here, four times its float32 product. What cost as much
+again was the quantising before and the scaling after it: five or six passes over memory each in torch's operations, one
+here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgegt.cache import cache_dir
+from edgegt.native import Kernels, library, usable
+from edgegt.quant.backend import quantize_tokens
+from edgegt.quant.torch_backend import TorchBackend, int_mm, turned
+from edgegt.quant.weight import Int8Weight, check_planes, refresh_planes
+
+
+class NativeBackend(TorchBackend):
+    """torch's products with compiled quantising and scaling. Raises: EdgegtError when they cannot be compiled here."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self.kernels = Kernels(library(cache_dir()))
+
+    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns."""
+        if not usable(x) or (columns is not None and not usable(columns)):
+            return quantize_tokens(x, columns)
+        return self.kernels.quantize_rows(x, columns)
+
+    def product(
+        self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor, low: Tensor | None = None
+    ) -> Tensor:
+        """y = x W^T, float32 [n, out], from q [n, k] and weight_q [out, k]."""
+        more = None if low is None else int_mm(q, low.t())
+        return self.kernels.scale_product(int_mm(q, weight_q.t()), more, scale, weight_scale, None)
+
+    def product_back(self, q: Tensor, scale: Tensor, weight_q: Tensor) -> Tensor:
+        """dx = dy W, float32 [n, k], from q [n, out] and weight_q [out, k]."""
+        return self.kernels.scale_product(int_mm(q, weight_q), None, scale, None, None)
+
+    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        """dw = dy^T x, float32 [out, k], as a product of integers: x keeps its own, dy gets one scale per column."""
+        columns, column_scale = self.kernels.quantize_columns(dy.to(torch.float32), scale)
+        return self.kernels.scale_product(int_mm(turned(columns), q), None, column_scale, None, None)
+
+    def refresh(self, weight: Int8Weight, master: Tensor) -> None:
+        """As weight.refresh_planes."""
+        if weight.low is None or not usable(master):
+            refresh_planes(weight, master)
+        else:
+            check_planes(self.kernels.split_planes(master.contiguous(), weight.q, weight.low, weight.scale))
