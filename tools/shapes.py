@@ -1,5 +1,7 @@
 """Shapes of well-known models, stated here as the facts they are, so that measuring needs nothing downloaded.
 
+base-7m is not well-known: it is the small pretrained Llama that edgegt's own numbers of quality come from.
+
 A shape is what config.json says: enough for a cost table and for a plan. Where weights are needed too, they are drawn
 at random and written piece by piece, so that a 70B model can be made on a small machine: memory and time do not depend
 on what the numbers are.
@@ -85,6 +87,8 @@ SHAPES: dict[str, Shape] = {
         "tie_word_embeddings": False, "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
         "dtype": "bfloat16",
     }, 2_849_757_184),
+    "base-7m": Shape(_llama(4096, 256, 688, 8, 8, 4, max_position_embeddings=512, tie_word_embeddings=True,
+                            rms_norm_eps=1e-6, rope_theta=1e4, bos_token_id=0, eos_token_id=1), 6_852_864),
     "smollm2-135m": Shape(_llama(49152, 576, 1536, 30, 9, 3, rope_theta=1e5, max_position_embeddings=8192,
                                  tie_word_embeddings=True, bos_token_id=0, eos_token_id=0), 134_515_008),
     "tinyllama-1.1b": Shape(_llama(32000, 2048, 5632, 22, 32, 4, max_position_embeddings=2048), 1_100_048_384),
@@ -104,9 +108,10 @@ def write_config(name: str, folder: Path, **other: Any) -> Path:
 
 
 def write_random_model(
-    name: str, folder: Path, tokenizer_from: Path, seed: int = 0, stored: str = "bfloat16", shard: int = SHARD_BYTES
-) -> Path:
-    """Write config.json, another model's tokenizer, and random weights in shards of about `shard` bytes.
+    name: str, folder: Path, tokenizer_from: Path | None, seed: int = 0, stored: str = "bfloat16",
+    shard: int = SHARD_BYTES,
+) -> Path:  # fmt: skip
+    """Write config.json, another model's tokenizer if given, and random weights in shards of about `shard` bytes.
 
     stored: 'float16' or 'bfloat16'. Weights are normal with a deviation of 0.02, norms 1 and biases 0; a tied head is
     not written. Needs about 25 MiB beside torch, however large the model. Returns the folder.
@@ -116,7 +121,7 @@ def write_random_model(
 
     write_config(name, folder, dtype=stored)
     for file in TOKENIZER_FILES:
-        if (tokenizer_from / file).is_file():
+        if tokenizer_from is not None and (tokenizer_from / file).is_file():
             shutil.copyfile(tokenizer_from / file, folder / file)
     tensors = tensors_of(config_of(name))
     count = sum(math.prod(shape) for shape in tensors.values())
