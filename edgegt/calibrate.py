@@ -140,7 +140,7 @@ def _measure(effort: Effort) -> Measured:
     device = torch.device("cuda" if gpu else "cpu")
     _cache().mkdir(parents=True, exist_ok=True)
     backend = choose_backend(device, _cache()).backend
-    eight_bit = eight_bit_works(device) is None
+    eight_bit = eight_bit_works(device, backend.kernels) is None
     rates = of_machine(backend, device, effort.width, TOKENS, eight_bit, piece_s=effort.piece_s)
     storage, how = storage_read(_cache(), effort.storage_bytes)
     properties: Any = torch.cuda.get_device_properties(0) if gpu else None

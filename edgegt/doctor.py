@@ -27,12 +27,13 @@ def examine() -> dict[str, Any]:
     from edgegt.device import resolve_device
     from edgegt.host import read_host
     from edgegt.optimizer import eight_bit_works
-    from edgegt.quant import check_backends
+    from edgegt.quant import BACKENDS, check_backends, fastest
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     host = read_host()
     checks = check_backends(device)
-    optimizer = eight_bit_works(device)
+    used = fastest(checks)
+    optimizer = eight_bit_works(device, BACKENDS[used.name]().kernels if used.ok else None)
     return {
         "ok": can_train(checks, device),
         "version": __version__,
@@ -47,6 +48,7 @@ def examine() -> dict[str, Any]:
                    "limit_bytes": host.limit_bytes},
         "backends": [{"name": check.name, "ok": check.ok, "error": check.error,
                       "relative_error": check.relative_error, "gflops": check.gflops} for check in checks],
+        "backend": used.name if used.ok else "reference",
         "optimizer_8bit": {"ok": optimizer is None, "error": optimizer or ""},
         "cache": str(cache_dir()),
         "offline": bool(os.environ.get("HF_HUB_OFFLINE")),
@@ -84,6 +86,7 @@ def findings_text(findings: dict[str, Any]) -> str:
             else f"does not work: {check['error']}; the other backend or float products are used"
         )
         lines.append(f"int8        {check['name']}: {state}")
+    lines.append(f"int8        {findings['backend']} is used")
     optimizer = findings["optimizer_8bit"]
     lines.append(
         "AdamW       8-bit states work" if optimizer["ok"] else f"AdamW       float32 states ({optimizer['error']})"

@@ -16,7 +16,7 @@ where what the layers above it kept is gone. All three are planned.
     recomputed   the largest recomputed layer, while its backward runs (nothing when the peak is at the loss)
     logits       one chunk of supervised positions, and the head's gradient to its input (nothing when it is later)
     transient    the widest product of the layers (nothing when the peak is at the loss)
-    fragments    with accumulation, holes in the heap where a micro-batch's small tensors lay between lasting ones
+    fragments    holes in the heap, where small tensors of a micro-batch lay between lasting ones
     slack        allocator fragmentation and what the model does not name: a share of the tensors above, and a constant
 
 Bytes everywhere. On a discrete GPU the same terms hold for device memory, with the floor of the CUDA context.
@@ -28,7 +28,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from edgegt.chunks import chunk_positions
-from edgegt.cost import BatchShape, CostTable, Weight
+from edgegt.cost import BatchShape, CostTable, Weight, Work
 from edgegt.units import MIB
 
 PLANE_BYTES = 2
@@ -36,11 +36,12 @@ GRADIENT_BYTES = 4
 LOGIT_BYTES = 9
 HIDDEN_BYTES = 13
 SMALL_TENSOR = 4096
-SLACK_SHARE = 0.04
+SLACK_SHARE = 0.02
 SLACK_BYTES = 6 * MIB
 LIBRARY_BYTES = 18 * MIB
 FRAGMENTS_PERCENT = 20
-MAPPED_ELEMENTS = 2**18
+HOLES_PERCENT = 25
+MAPPED_ELEMENTS = MAPPED_BYTES = 2**18
 MASTER_BYTES = {"float32": 4, "bfloat16": 2}
 _UNNAMED = ("floor", "base", "libraries", "slack")
 
@@ -73,12 +74,26 @@ class Setting:
     """The batches and the manner of training that a peak is predicted for.
 
     worst: a shape that needs as much memory as any micro-batch. accumulate: gradients live until the optimizer step.
+    labelled: at most this many kept positions of a micro-batch have a label, on which alone the head runs; 0: all.
+    holes: percent of what backward keeps that is lost in the heap (see `holes_percent`).
     """
 
     worst: BatchShape
     vocabulary: int
     accumulate: bool
     formats: Formats = field(default_factory=Formats)
+    labelled: int = 0
+    holes: int = 0
+
+    @classmethod
+    def of(
+        cls, table: CostTable, shapes: Sequence[BatchShape], vocabulary: int, micro_batch: int, batch_size: int,
+        formats: Formats,
+    ) -> Setting:  # fmt: skip
+        """The setting of these batches, cut into micro-batches of at most this many rows."""
+        worst = worst_shape(table, shapes, micro_batch, vocabulary)
+        labelled, holes = most_labelled(shapes, micro_batch), holes_percent(table, shapes, micro_batch, worst)
+        return cls(worst, vocabulary, micro_batch < batch_size, formats, labelled, holes)
 
 
 def master_bytes(weight: Weight, formats: Formats) -> int:
@@ -119,16 +134,43 @@ def gradient_bytes(weight: Weight) -> int:
     return GRADIENT_BYTES * weight.numel
 
 
-def logit_bytes(table: CostTable, shape: BatchShape, vocabulary: int) -> int:
-    """Bytes at the loss: one chunk of logits, and what the head reads and gives back on the kept positions."""
+def logit_bytes(table: CostTable, shape: BatchShape, vocabulary: int, labelled: int = 0) -> int:
+    """Bytes at the loss: one chunk of logits, and what the head reads and gives back on the kept positions.
+
+    labelled: how many of the kept positions have a label; 0 where that is not known: all.
+    """
     positions = shape.rows * shape.kept
-    return LOGIT_BYTES * vocabulary * chunk_positions(vocabulary, positions) + HIDDEN_BYTES * positions * _width(table)
+    chunk = chunk_positions(vocabulary, labelled or positions)
+    return LOGIT_BYTES * vocabulary * chunk + HIDDEN_BYTES * positions * _width(table)
 
 
-def passing_bytes(table: CostTable, around: Surroundings, shape: BatchShape, vocabulary: int) -> tuple[int, int]:
+def passing_bytes(table: CostTable, around: Surroundings, setting: Setting) -> tuple[int, int]:
     """Bytes that exist for a moment: at the loss, and while the widest product of the layers runs."""
-    logits, transient = logit_bytes(table, shape, vocabulary), table.widest.at(shape)
-    return logits + around.copy_bytes, transient + around.copy_bytes
+    logits = logit_bytes(table, setting.worst, setting.vocabulary, setting.labelled)
+    return logits + around.copy_bytes, table.widest.at(setting.worst) + around.copy_bytes
+
+
+def kept_bytes(works: Iterable[Work], setting: Setting) -> tuple[int, int]:
+    """Bytes that backward keeps of these operands, and the holes in the heap that come with them."""
+    held = [work.at(setting.worst) for work in works]
+    return sum(held), sum(size * setting.holes // 100 for size in held)
+
+
+def holes_percent(table: CostTable, shapes: Iterable[BatchShape], micro_batch: int, worst: BatchShape) -> int:
+    """Holes that small tensors leave in the heap, in percent of what backward keeps of the worst micro-batch.
+
+    A micro-batch leaves them when its hidden states are too small to be mapped apart (see `process`).
+    """
+    tokens = [min(shape.rows, micro_batch) * shape.tokens for shape in shapes]
+    small = max((count for count in tokens if 4 * count * _width(table) < MAPPED_BYTES), default=0)
+    return -(-HOLES_PERCENT * small // (worst.rows * worst.tokens))
+
+
+def most_labelled(shapes: Iterable[BatchShape], micro_batch: int) -> int:
+    """The most labelled positions that a micro-batch of these batches can have."""
+    return max(
+        min(shape.labelled or shape.rows * shape.kept, min(micro_batch, shape.rows) * shape.kept) for shape in shapes
+    )
 
 
 def worst_shape(table: CostTable, shapes: Iterable[BatchShape], micro_batch: int, vocabulary: int) -> BatchShape:
@@ -160,7 +202,11 @@ def worst_shape(table: CostTable, shapes: Iterable[BatchShape], micro_batch: int
 
 def fixed_terms(table: CostTable, around: Surroundings, shape: BatchShape, vocabulary: int) -> dict[str, int]:
     """The terms of a forward pass over this shape that keeps nothing: evaluation, and the base of everything else."""
-    logits, transient = passing_bytes(table, around, shape, vocabulary)
+    return _fixed_terms(table, around, Setting(shape, vocabulary, False))
+
+
+def _fixed_terms(table: CostTable, around: Surroundings, setting: Setting) -> dict[str, int]:
+    logits, transient = passing_bytes(table, around, setting)
     return {
         "floor": around.floor_bytes,
         "libraries": LIBRARY_BYTES,
@@ -179,11 +225,11 @@ def peak_terms(
     table: CostTable, selected: Sequence[str], recompute: Sequence[int], around: Surroundings, setting: Setting
 ) -> dict[str, int]:
     """Every named term of the peak for one selection; their sum is the predicted peak in bytes."""
-    mask, worst = table.mask(selected), setting.worst
+    mask = table.mask(selected)
     chosen = [weight for bit, weight in enumerate(table.weights) if mask >> bit & 1]
     demoted = table.mask(around.demoted) & ~mask
     resting = [weight for bit, weight in enumerate(table.weights) if demoted >> bit & 1]
-    terms = fixed_terms(table, around, worst, setting.vocabulary)
+    terms = _fixed_terms(table, around, setting)
     terms["masters"] = sum(master_bytes(weight, setting.formats) for weight in chosen)
     terms["planes"] = sum(plane_bytes(weight) for weight in chosen)
     terms["optimizer"] = sum(optimizer_bytes(weight, setting.formats) for weight in chosen)
@@ -191,7 +237,7 @@ def peak_terms(
     terms["gradients"] = GRADIENT_BYTES * sum(weight.numel for weight in chosen) if setting.accumulate else 0
     terms["fragments"] = sum(fragment_bytes(weight, setting.accumulate, setting.formats) for weight in chosen)
     phase = max(_phases(table, mask, chosen, recompute, around, setting), key=lambda phase: sum(phase.values()))
-    terms |= phase | {"gradients": terms["gradients"] + phase["gradients"]}
+    terms |= phase | {name: terms[name] + phase[name] for name in ("gradients", "fragments")}
     terms["slack"] = slack_bytes(terms)
     return terms
 
@@ -205,26 +251,36 @@ def _phases(
     setting: Setting,
 ) -> list[dict[str, int]]:
     """What is held at the loss, when backward begins, and in the backward of each recomputed layer."""
-    worst = setting.worst
-    kept = table.saved_work(mask, recompute).at(worst)
+    kept, holes = kept_bytes(_saved(table, mask, recompute), setting)
     head = max((gradient_bytes(weight) for weight in chosen if weight.kind == "head"), default=0)
     largest = max((gradient_bytes(weight) for weight in chosen if weight.kind != "head"), default=0)
-    logits, transient = passing_bytes(table, around, worst, setting.vocabulary)
+    logits, transient = passing_bytes(table, around, setting)
     later = {"logits": 0, "transient": transient, "gradients": largest}
-    phases = [
-        {"activations": kept, "logits": logits, "gradients": head, "recomputed": 0, "transient": 0},
-        {"activations": kept, "recomputed": 0, **later},
-    ]
-    gone, again = 0, set(recompute)
+    held = {"activations": kept, "fragments": holes, "recomputed": 0}
+    phases = [{**held, "logits": logits, "gradients": head, "transient": 0}, {**held, **later}]
+    again = set(recompute)
     for index in reversed(range(table.blocks)):
         if not table.layers[index].weights & mask:
             break
         if index in again:
-            whole = table.layer_bytes(index).at(worst)
-            phases.append({"activations": kept - gone, "recomputed": whole, **later})
+            whole, its_holes = kept_bytes(saved_by(table, index), setting)
+            phases.append({"activations": kept, "fragments": holes + its_holes, "recomputed": whole, **later})
         else:
-            gone += table.layer_bytes(index, mask).at(worst)
+            gone, its_holes = kept_bytes(saved_by(table, index, mask), setting)
+            kept, holes = kept - gone, holes - its_holes
     return phases
+
+
+def _saved(table: CostTable, mask: int, recompute: Sequence[int]) -> list[Work]:
+    """What backward keeps, operand by operand (see CostTable.saved_work)."""
+    again = set(recompute)
+    works = [path.saved_bytes for path in table.paths if path.weights & mask and path.block not in again]
+    return works + [table.layers[index].input_bytes for index in again if table.layers[index].weights & mask]
+
+
+def saved_by(table: CostTable, index: int, mask: int = -1) -> list[Work]:
+    """What one layer keeps for backward, operand by operand, when the weights in `mask` are trained."""
+    return [path.saved_bytes for path in table.paths if path.block == index and path.weights & mask]
 
 
 def _width(table: CostTable) -> int:

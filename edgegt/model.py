@@ -88,7 +88,7 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
     if left:
         raise InputError(f"'{left[0]}' was not filled: the architecture {type(model).__name__} is not supported yet")
     model.to(device).eval().requires_grad_(False)
-    fuse(model, getattr(backend, "kernels", None))
+    fuse(model, backend.kernels)
     attach(model, meter)
     verify_head(model, linears[head], device)
     by_name = {entry.name: entry for entry in entries}

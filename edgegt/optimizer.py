@@ -1,8 +1,9 @@
 """AdamW for trained tensors, one tensor at a time, and the learning-rate schedule.
 
 States are keyed by tensor name, so that a tensor can leave and come back with its history, and each tensor counts its
-own steps. Tensors of 4096 elements or more keep both moments in 8 bits (bitsandbytes' blockwise kernel, arXiv
-2110.02861) where that is asked for; otherwise they are float32 (torch's fused kernel, which makes no temporaries).
+own steps. Tensors of 4096 elements or more keep both moments in 8 bits with one scale per block (arXiv 2110.02861) where
+that is asked for, by the compiled kernel, else by bitsandbytes'; otherwise they are float32 (torch's fused kernel, which
+makes no temporaries). The two kernels have codes of their own, so a tensor's states belong to the one that made them.
 A bfloat16 tensor is updated in float32 and rounded up or down at random, so that the mean is the value (arXiv
 1502.02551): rounding to nearest would drop every update below half of its last bit, 0.2 to 0.4 % of the value.
 All of it runs in slices, so that float working copies stay small.
@@ -19,6 +20,7 @@ import torch
 
 from edgegt.errors import EdgegtError
 from edgegt.memory import SMALL_TENSOR
+from edgegt.native import Kernels
 
 _BLOCK = 256
 _SLICE = {"cpu": 1 << 16, "cuda": 1 << 22}  # elements; a multiple of the block
@@ -50,7 +52,8 @@ class Moments:
 class AdamW:
     """Decoupled-weight-decay Adam (arXiv 1711.05101) over named tensors.
 
-    eight_bit: the states of tensors that begin from now on; seed: of the random rounding of bfloat16 tensors.
+    eight_bit: the states of tensors that begin from now on; seed: of random rounding, of bfloat16 tensors and of states.
+    kernels: the compiled ones, None where there are none.
     """
 
     def __init__(
@@ -59,13 +62,16 @@ class AdamW:
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         seed: int = 0,
+        kernels: Kernels | None = None,
     ) -> None:
         self.eight_bit = eight_bit
         self.weight_decay = weight_decay
         self.betas = betas
         self.seed = seed
+        self.kernels = kernels
         self.eps = 1e-8
         self.states: dict[str, Moments] = {}
+        self._key = 0
         self._maps: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
@@ -76,8 +82,12 @@ class AdamW:
         """
         state = self.states.get(name) or self._fresh(name, parameter)
         state.step += 1
-        step = self._float_step if state.absmax1 is None else self._step_8bit
         values, slopes = parameter.view(-1), gradient.reshape(-1)
+        if state.absmax1 is None:
+            step = self._float_step
+        else:
+            step = self._step_bnb if self.kernels is None or values.device.type != "cpu" else self._step_native
+            self._key = self._number(name, state.step)
         rounded = values.dtype == torch.bfloat16
         draw = self._draw(name, state.step, parameter.device) if rounded else None
         size = _SLICE.get(parameter.device.type, _SLICE["cpu"])
@@ -101,8 +111,11 @@ class AdamW:
         return state
 
     def _draw(self, name: str, step: int, device: torch.device) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed}/{step}/{name}".encode()).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
+        return torch.Generator(device).manual_seed(self._number(name, step))
+
+    def _number(self, name: str, step: int) -> int:
+        """32 bits that depend on the seed, the tensor's name and its own step."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{step}/{name}".encode()).digest()[:4], "little")
 
     def _float_step(self, state: Moments, part: slice, values: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
         torch._fused_adamw_(
@@ -111,7 +124,19 @@ class AdamW:
             weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
 
-    def _step_8bit(self, state: Moments, part: slice, values: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
+    def _step_native(
+        self, state: Moments, part: slice, values: torch.Tensor, gradient: torch.Tensor, lr: float
+    ) -> None:
+        assert self.kernels is not None and state.absmax1 is not None and state.absmax2 is not None
+        blocks = slice(part.start // _BLOCK, -(-part.stop // _BLOCK))
+        root = math.sqrt(1 - self.betas[1] ** state.step)
+        rates = lr * root / (1 - self.betas[0] ** state.step), *self.betas, self.eps * root, lr * self.weight_decay
+        self.kernels.adamw_8bit(
+            values, gradient, state.first[part], state.second[part], (state.absmax1[blocks], state.absmax2[blocks]),
+            rates, (self._key + part.start) % 2**32,
+        )  # fmt: skip
+
+    def _step_bnb(self, state: Moments, part: slice, values: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
         import bitsandbytes.functional as bnb
 
         if self._maps is None:
@@ -139,14 +164,14 @@ def round_into(target: torch.Tensor, values: torch.Tensor, draw: torch.Generator
     target.view(torch.int16).copy_(bits.bitwise_right_shift_(16))
 
 
-def eight_bit_works(device: torch.device) -> str | None:
-    """None when bitsandbytes' 8-bit AdamW runs here and agrees with the float one, else the reason."""
+def eight_bit_works(device: torch.device, kernels: Kernels | None = None) -> str | None:
+    """None when the 8-bit AdamW runs here and agrees with the float one, else the reason."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(2 * SMALL_TENSOR, generator=generator)
     gradients = [torch.randn(2 * SMALL_TENSOR, generator=generator) for _ in range(3)]
     ends = []
     for eight_bit in (True, False):
-        parameter, optimizer = start.clone().to(device), AdamW(eight_bit)
+        parameter, optimizer = start.clone().to(device), AdamW(eight_bit, kernels=kernels)
         try:
             for gradient in gradients:
                 optimizer.update("probe", parameter, gradient.to(device), 1e-2)

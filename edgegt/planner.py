@@ -1,8 +1,9 @@
 """The joint planner: which weights to train, which layers to recompute, and in which way, so that every budget holds.
 
 Each way to train (micro-batch, number formats, rows of the head, recomputation) is one integer case. Ways are tried
-from the preferred one on; bounds tell which need no solving; the most preferred way within WAY_GAP of the best wins,
-and is checked against the cost table before it is handed over. Pure Python and SciPy: a saved costs.json is enough.
+from the preferred one on; bounds tell which need no solving; the most preferred of the best ways wins (what the solver
+leaves open counts as equal), and is checked against the cost table before it is handed over. Pure Python and SciPy: a
+saved costs.json is enough.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from edgegt.case import Case, bits
 from edgegt.errors import BudgetError, EdgegtError, InputError, nearest
 from edgegt.memory import LIBRARY_BYTES, Formats
 from edgegt.problem import FORMATS, Problem, Way, case_of
-from edgegt.solver import RELATIVE_GAP, Choice, joint, relaxed_bound
+from edgegt.solver import EXACT_BELOW, RELATIVE_GAP, Choice, joint, relaxed_bound
 from edgegt.units import GIB, MIB, format_duration
 
 __all__ = ["FORMATS", "STRATEGIES", "Formats", "Plan", "Problem", "Smallest", "Way", "plan", "smallest"]
 
 Strategy = Callable[[Case, int, float], Choice]
-WAY_GAP = 2 * RELATIVE_GAP
+EXACT_GAP = 1e-6
 MEMORY = (1, 2, 3)  # the budgets of a case that are bytes
 
 _SIMPLER: dict[str, Callable[[Case, int], Choice]] = {
@@ -109,6 +110,12 @@ class _Cases:
     bounds: dict[Way, float] = field(default_factory=dict)
     solved: dict[Way, Choice] = field(default_factory=dict)
 
+    @property
+    def gap(self) -> float:
+        """Ways whose worth differs by a smaller share count as equally good: no more than the solver leaves open."""
+        candidates = sum(value > 0 for value in self.problem.values.values())
+        return EXACT_GAP if candidates < EXACT_BELOW else RELATIVE_GAP
+
     def of(self, way: Way) -> Case:
         if way not in self.made:
             self.made[way] = case_of(self.problem, way)
@@ -189,21 +196,21 @@ def _cut_down(strategy: Callable[[Case, int], Choice]) -> Strategy:
 
 
 def _best(cases: _Cases) -> tuple[Way, Choice]:
-    """The most preferred way whose choice is within WAY_GAP of the best, by worth, and that choice.
+    """The most preferred way whose choice is as good as the best (see _Cases.gap), by worth, and that choice.
 
     Most ways are never solved: where the first reaches the ceiling nothing else is; otherwise those whose ceiling lies
     above the best known, and then those preferred to it whose ceiling comes near it. The choice's bound covers all.
     """
     ways = cases.problem.ways()
     chosen = ways[0]
-    frugal = cases.frugal()
-    if not cases.worth(chosen) or cases.worth(chosen) < (1 - WAY_GAP) * max(map(cases.ceiling, frugal)):
+    frugal, gap = cases.frugal(), cases.gap
+    if not cases.worth(chosen) or cases.worth(chosen) < (1 - gap) * max(map(cases.ceiling, frugal)):
         for way in sorted(frugal, key=cases.ceiling, reverse=True) + [way for way in ways if way not in frugal]:
-            target = cases.worth(chosen) * (1 + WAY_GAP)
+            target = cases.worth(chosen) * (1 + gap)
             if cases.ceiling(way, target) > target and cases.worth(way, target) > target:
                 chosen = way
         best = cases.worth(chosen)
-        target = (1 - WAY_GAP) * best
+        target = (1 - gap) * best
         for way in ways[: ways.index(chosen)] if best else []:
             if cases.reaches(way, target):
                 chosen = way

@@ -110,7 +110,7 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     table = _trace(config)
     kernels = choose_kernels(device, log)
     _use_everything_once(kernels, device)
-    eight_bit = eight_bit_states(device, log)
+    eight_bit = eight_bit_states(kernels, device, log)
     rates = machine_rates(kernels, device, config, table, schedule, eight_bit)
     trim()
     vocabulary = int(config.get_text_config().vocab_size)
@@ -175,13 +175,13 @@ def choose_kernels(device: torch.device, log: Log) -> Choice:
     return choice
 
 
-def eight_bit_states(device: torch.device, log: Log) -> bool:
+def eight_bit_states(kernels: Choice, device: torch.device, log: Log) -> bool:
     """Whether the 8-bit optimizer runs here; if not, float32 states are used and that is said."""
     from edgegt.optimizer import eight_bit_works
 
-    reason = eight_bit_works(device)
+    reason = eight_bit_works(device, kernels.backend.kernels)
     if reason:
-        log.fallback(f"bitsandbytes' 8-bit AdamW does not run here ({reason}): optimizer states are float32")
+        log.fallback(f"the 8-bit AdamW does not run here ({reason}): optimizer states are float32")
     return reason is None
 
 

@@ -55,7 +55,7 @@ def of_machine(
     head_size: of attention; length: tokens of a row. piece_s: seconds to spend on each of the pieces.
     """
     piece = partial(seconds_of, device=device, budget_s=piece_s)
-    kernels = getattr(backend, "kernels", None)
+    kernels = backend.kernels
     width = max(TINY, min(width, WIDEST))
     most = max(1, min(tokens, MOST_TOKENS))
     int8, int8_back, dw, float32 = _products(backend, device, width, most, piece)
@@ -179,7 +179,7 @@ def _update(
     from edgegt.optimizer import AdamW, clip
     from edgegt.quant import split_planes
 
-    optimizer, master = AdamW(eight_bit), _random(elements // width, width, device=device)
+    optimizer, master = AdamW(eight_bit, kernels=backend.kernels), _random(elements // width, width, device=device)
     gradient, planes = master.clone(), split_planes(master)
 
     def run() -> None:
@@ -201,7 +201,7 @@ def _dispatch(backend: Backend, device: torch.device, time_of: _Timer) -> float:
     weight = quantize_rows(torch.eye(TINY, device=device))
     linears = [Int8Linear(weight, backend=backend, inputs=inputs) for _ in range(_LINEARS)]
     x = _random(TINY, TINY, device=device).requires_grad_()
-    (norm, *_), (turn, *_), (gated, *_) = _pieces(getattr(backend, "kernels", None))
+    (norm, *_), (turn, *_), (gated, *_) = _pieces(backend.kernels)
 
     def run() -> None:
         q, k, v, o, gate, up, down = linears

@@ -53,7 +53,9 @@ class Int8Trainee:
         self.model = load_int8(setup.config, setup.source, cache_dir(), setup.kernels.backend, setup.device)
         self.module, self.meter, self.fingerprint = self.model.module, self.model.meter, self.model.fingerprint
         self.backend = setup.kernels.backend.name
-        optimizer = AdamW(False, setup.options.weight_decay, seed=setup.options.seed)
+        optimizer = AdamW(
+            False, setup.options.weight_decay, seed=setup.options.seed, kernels=setup.kernels.backend.kernels
+        )
         self.trainables = Trainables(self.model, optimizer)
         self.progress = Progress()
         self.formats: tuple[Formats, ...] = setup.need.formats

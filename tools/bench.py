@@ -12,7 +12,8 @@ number of threads: peers as bench_peers says, edgegt as `python -m edgegt run` f
 
     others         processors that other programs took meanwhile, on average
 
-Checked is that edgegt uses 95 % of the FLOPs it may use and trains the head, and that the machine was at rest: methods
+edgegt's memory budget is 0.35 of what full took and 0.5 of lora-8bit, the less of both, where these ran before it, else
+most of what is available. Checked is that edgegt uses 95 % of the FLOPs it may use and trains the head, and that the machine was at rest: methods
 run one after the other, so that load which comes and goes favours some of them. Exit code 1 when one of these does not
 hold, or when a method did not run: its row says why, and the others go on.
 
@@ -46,6 +47,7 @@ from bench_methods import (
     Row,
     edgegt_row,
     failed,
+    memory_for_edgegt,
     peer_row,
     processor_seconds,
 )
@@ -87,7 +89,7 @@ def bench_shape(bench: Bench, names: Sequence[str]) -> list[Row]:
         started, (machine, ours) = time.monotonic(), processor_seconds()
         try:
             if name in RHOS:
-                row, products[name] = edgegt_row(bench, name, config)
+                row, products[name] = edgegt_row(bench, name, config, memory_for_edgegt(rows))
             else:
                 row, products[name] = peer_row(bench, name, config, full_flops)
         except MethodError as error:

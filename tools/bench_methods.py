@@ -34,6 +34,7 @@ RHOS = {"edgegt-0.5": 0.5, "edgegt-0.36": 0.36}
 NAMES = (*METHODS, *RHOS)
 DEVICE = "laptop-x86-16gb"
 MEMORY_SHARE = 0.9
+SHARES = {"full": 0.35, "lora-8bit": 0.5}  # of these peers' peaks, the less of both, is edgegt's budget
 POLL_S = 0.1
 Row = dict[str, Any]
 
@@ -87,11 +88,20 @@ def run_peer(bench: Bench, name: str) -> dict[str, Any]:
     return result
 
 
-def run_edgegt(bench: Bench, name: str) -> Path:
+def memory_for_edgegt(rows: Sequence[Row]) -> int:
+    """edgegt's budget in bytes: shares of what peers took if they are here, else most of what is available."""
+    import psutil
+
+    peaks = {row["name"]: row["peak_bytes"] for row in rows if "problem" not in row}
+    asked = [int(share * peaks[name]) for name, share in SHARES.items() if name in peaks]
+    return min(asked, default=int(MEMORY_SHARE * psutil.virtual_memory().available))
+
+
+def run_edgegt(bench: Bench, name: str, memory: int) -> Path:
     """The folder of a run that was stopped when the timed steps were made. Raises: MethodError."""
     folder, said = bench.work / name, bench.work / f"{name}.txt"
     shutil.rmtree(folder, ignore_errors=True)
-    process = bench.start([sys.executable, "-m", "edgegt", *edgegt_words(bench, RHOS[name], folder)], said)
+    process = bench.start([sys.executable, "-m", "edgegt", *edgegt_words(bench, RHOS[name], memory, folder)], said)
     metrics, wanted, end = folder / "metrics.jsonl", WARM_UP + bench.steps, time.monotonic() + bench.timeout_s
     while process.poll() is None and lines_of(metrics) < wanted and time.monotonic() < end:
         time.sleep(POLL_S)
@@ -108,15 +118,12 @@ def run_edgegt(bench: Bench, name: str) -> Path:
     return folder
 
 
-def edgegt_words(bench: Bench, rho: float, folder: Path) -> list[str]:
-    """What a user would write after `edgegt`, with more memory than it needs."""
-    import psutil
-
-    memory = int(MEMORY_SHARE * psutil.virtual_memory().available) // 2**20
+def edgegt_words(bench: Bench, rho: float, memory: int, folder: Path) -> list[str]:
+    """What a user would write after `edgegt`, with a budget of so many bytes."""
     return [
         "run", "--model", str(bench.model), "--data", str(bench.work / TRAIN_FILE),
         "--eval-data", str(bench.work / HELD_OUT_FILE), "--eval-rows", str(HELD_OUT), "--device", DEVICE,
-        "--rho", f"{rho:g}", "--memory", f"{memory}MiB", "--strategy", "greentrainer",
+        "--rho", f"{rho:g}", "--memory", f"{memory // 2**20}MiB", "--strategy", "greentrainer",
         "--steps", str(max(RUN_STEPS, WARM_UP + bench.steps)), "--batch-size", str(bench.size.rows),
         "--max-length", str(bench.size.tokens), "--threads", str(bench.threads), "--no-examples", "--quiet",
         "--output", str(folder),
@@ -151,9 +158,9 @@ def selecting(names: Sequence[str], model: Any) -> Any:
     return model
 
 
-def edgegt_row(bench: Bench, name: str, config: Any) -> tuple[Row, Counter[Product]]:
+def edgegt_row(bench: Bench, name: str, config: Any, memory: int) -> tuple[Row, Counter[Product]]:
     """edgegt's row but for its floor, and the products of its step."""
-    folder = run_edgegt(bench, name)
+    folder = run_edgegt(bench, name, memory)
     run, plan, costs = (json.loads((folder / f"{file}.json").read_text()) for file in ("run", "plan-0", "costs"))
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if entry["round"] == 0][: WARM_UP + bench.steps]
@@ -167,7 +174,8 @@ def edgegt_row(bench: Bench, name: str, config: Any) -> tuple[Row, Counter[Produ
     row |= {
         "flops_ratio": flops / run["full_flops"], "used_of_budget": flops / run["budget"]["flops"],
         "step_flops_ratio": per_step * total / run["full_flops"], "selected": len(plan["selected"]),
-        "head_trained": bool({*heads} & {*plan["selected"]}), "fallbacks": run["fallbacks"],
+        "memory_budget": memory, "head_rows": plan["head_rows"], "micro_batch": plan["micro_batch"],
+        "recomputed": len(plan["recompute"]), "head_trained": bool({*heads} & {*plan["selected"]}), "fallbacks": run["fallbacks"],
         "backend": run["backend"],
     }  # fmt: skip
     blocks = {weight["name"].removesuffix(".weight"): weight["block"] for weight in costs["weights"]}

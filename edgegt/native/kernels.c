@@ -249,3 +249,64 @@ API void rotate(const float *x, int64_t row_stride, int64_t head_stride, const f
         }
     }
 }
+
+/* Magnitudes in [0, 1] as 7 bits (8 steps per power of two) or 8 bits (16 steps), down to 2^-15.9. A value between two
+   steps goes up as often as its share says, so that what is added to it is not lost: 1 - beta2 is far below a step. */
+enum { BLOCK = 256 };
+
+static inline uint32_t mixed(uint32_t i, uint32_t key) {
+    uint32_t h = (i ^ key) * 0x9e3779b1u;
+    h = (h ^ (h >> 15)) * 0x85ebca77u;
+    h = (h ^ (h >> 13)) * 0xc2b2ae3du;
+    return h ^ (h >> 16);
+}
+
+static inline int32_t coded(float value, int shift, int32_t top, uint32_t chance) {
+    int32_t low = (int32_t)(chance & ((1u << shift) - 1u));
+    int32_t code = ((int32_t)bits_of(value) + low) >> shift;
+    code += top - (127 << (23 - shift));
+    return code < top ? code : top;
+}
+
+static inline float decoded(int32_t code, int shift, int32_t top) {
+    return of_bits((uint32_t)(code - top + (127 << (23 - shift))) << shift);
+}
+
+/* One step of AdamW on w [n] from g [n], in place. first [n]: sign and 7 bits of the mean gradient; second [n]: 8 bits
+   of the root of the mean square, never 0 once it was not; one largest magnitude per BLOCK of each. lr: with the
+   corrections of both means; eps: with that of the second. */
+API void adamw_8bit(float *w, const float *g, uint8_t *first, uint8_t *second, float *largest1, float *largest2,
+                    int64_t n, float lr, float beta1, float beta2, float eps, float decay, int64_t key, int threads) {
+    ROWS(threads)
+    for (int64_t block = 0; block < (n + BLOCK - 1) / BLOCK; block++) {
+        int64_t start = block * BLOCK, size = n - start < BLOCK ? n - start : BLOCK;
+        float m[BLOCK], r[BLOCK], top1 = 0.0f, top2 = 0.0f, old1 = largest1[block], old2 = largest2[block];
+        for (int64_t i = 0; i < size; i++) {
+            int32_t a = first[start + i], b = second[start + i];
+            float mean = (a & 127) ? decoded(a & 127, 20, 127) * old1 : 0.0f;
+            float root = b ? decoded(b, 19, 255) * old2 : 0.0f, slope = g[start + i];
+            mean = a & 128 ? -mean : mean;
+            mean = beta1 * mean + (1.0f - beta1) * slope;
+            root = sqrtf(beta2 * root * root + (1.0f - beta2) * slope * slope);
+            w[start + i] -= decay * w[start + i] + lr * mean / (root + eps);
+            m[i] = mean;
+            r[i] = root;
+        }
+        for (int64_t i = 0; i < size; i++) {
+            float mean = fabsf(m[i]);
+            top1 = mean > top1 ? mean : top1;
+            top2 = r[i] > top2 ? r[i] : top2;
+        }
+        largest1[block] = top1;
+        largest2[block] = top2;
+        float inverse1 = top1 > 0.0f ? 1.0f / top1 : 0.0f, inverse2 = top2 > 0.0f ? 1.0f / top2 : 0.0f;
+        for (int64_t i = 0; i < size; i++) {
+            uint32_t chance = mixed((uint32_t)(start + i), (uint32_t)key);
+            int32_t a = coded(fabsf(m[i]) * inverse1, 20, 127, chance), b = coded(r[i] * inverse2, 19, 255, chance >> 8);
+            a = a > 0 ? a : 0;
+            b = b > 1 ? b : (r[i] > 0.0f);
+            first[start + i] = (uint8_t)(a | (m[i] < 0.0f ? 128 : 0));
+            second[start + i] = (uint8_t)b;
+        }
+    }
+}

@@ -16,6 +16,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "quantize_columns": (_P, _P, _I, _I, _P, _P, _N),
     "scale_product": (_P, _P, _P, _P, _P, _I, _I, _P, _N),
     "split_planes": (_P, _I, _I, _P, _P, _P, _N),
+    "adamw_8bit": (_P, _P, _P, _P, _P, _P, _I, _F, _F, _F, _F, _F, _I, _N),
     "rms_norm": (_P, _P, _F, _F, _I, _I, _P, _P, _N),
     "rms_norm_back": (_P, _P, _P, _F, _P, _I, _I, _P, _N),
     "silu_mul": (_P, _P, _I, _P, _N),
@@ -66,6 +67,13 @@ class Kernels:
     def split_planes(self, master: Tensor, q: Tensor, low: Tensor, scale: Tensor) -> bool:
         """Fill the planes [n, k] and bfloat16 scales [n] of a master; whether all of it was finite."""
         return int(self._call("split_planes", master, *master.shape, q, low, scale)) == 0
+
+    def adamw_8bit(
+        self, values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, largest: tuple[Tensor, Tensor],
+        rates: tuple[float, float, float, float, float], key: int,
+    ) -> None:  # fmt: skip
+        """One AdamW step on flat tensors, in place; see kernels.c. rates: lr, beta1, beta2, eps, weight decay * lr."""
+        self._call("adamw_8bit", values, gradient, first, second, *largest, values.numel(), *rates, key)
 
     def rms_norm(self, x: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:
         """(y, rstd): y = x * rstd * (weight + offset) over the last dimension, float32 rstd [rows]."""

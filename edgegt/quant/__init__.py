@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from edgegt.quant import backend as _backend
-from edgegt.quant.backend import Backend, BackendCheck, Choice, ReferenceBackend
+from edgegt.quant.backend import Backend, BackendCheck, Choice, ReferenceBackend, fastest
 from edgegt.quant.bnb_backend import BitsandbytesBackend
 from edgegt.quant.embedding import Int8Embedding
 from edgegt.quant.linear import InputCache, Int8Linear, Meter, Probe
@@ -40,6 +40,7 @@ __all__ = [
     "check_backends",
     "choose_backend",
     "dequantize",
+    "fastest",
     "index_fault",
     "quantize_rows",
     "refresh_planes",

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from math import prod
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from edgegt.native import compiler_words
+from edgegt.native import Kernels, compiler_words
 from edgegt.pool import empty
 from edgegt.quant.weight import LOW_STEPS, Int8Weight, absmax, refresh_planes, row_chunks
 
@@ -44,9 +44,10 @@ FILE_FORMAT = 2
 
 
 class Backend(Protocol):
-    """int8 products with float scales: x ~ scale[:, None] * q."""
+    """int8 products with float scales: x ~ scale[:, None] * q. kernels: the compiled ones, None without them."""
 
     name: str
+    kernels: Kernels | None
 
     def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns with columns [k]; scale = absmax / 127."""
@@ -151,6 +152,7 @@ class ReferenceBackend:
     """The same operations with float32 products of the integers: slow where int8 kernels exist, right everywhere."""
 
     name = "reference"
+    kernels: Kernels | None = None
 
     def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As Backend."""
@@ -232,7 +234,7 @@ def machine_key(device: torch.device) -> str:
     return " | ".join((*parts, f"{torch.get_num_threads()} threads"))
 
 
-def _choose_now(known: Mapping[str, Callable[[], Backend]], checks: list[BackendCheck]) -> Choice:
+def fastest(checks: Sequence[BackendCheck]) -> BackendCheck:
     """The fastest that agrees; an earlier row keeps its place unless a later one is 5 % faster.
 
     The reference must be 1.5 times as fast: on a busy machine every backend waits for threads and all look alike.
@@ -242,6 +244,11 @@ def _choose_now(known: Mapping[str, Callable[[], Backend]], checks: list[Backend
         needed = REFERENCE_FASTER if item.name == ReferenceBackend.name else FASTER
         if item.ok and (item.gflops or 0) > needed * (best.gflops or 0):
             best = item
+    return best
+
+
+def _choose_now(known: Mapping[str, Callable[[], Backend]], checks: list[BackendCheck]) -> Choice:
+    best = fastest(checks)
     lines = [f"int8 backend '{item.name}' left out: {item.error}" for item in checks if not item.ok]
     if best.name == ReferenceBackend.name:
         lines.append("no int8 kernel beats float32 on this machine: weights stay int8, products run in float32")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgegt.native import Kernels
 from edgegt.quant.backend import TOKEN_ELEMENTS, quantize_columns, quantize_tokens, scale_product
 from edgegt.quant.weight import LOW_STEPS, Int8Weight, refresh_planes, row_chunks
 
@@ -24,6 +25,7 @@ class BitsandbytesBackend:
     """bitsandbytes' int8 operators. Raises what its import raises, when it is absent or broken."""
 
     name = "bitsandbytes"
+    kernels: Kernels | None = None
 
     def __init__(self) -> None:
         importlib.import_module("bitsandbytes")

@@ -23,33 +23,33 @@ class NativeBackend(TorchBackend):
     name = "native"
 
     def __init__(self) -> None:
-        self.kernels = Kernels(library(cache_dir()))
+        self.compiled = self.kernels = Kernels(library(cache_dir()))
 
     def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns."""
         if not usable(x) or (columns is not None and not usable(columns)):
             return quantize_tokens(x, columns)
-        return self.kernels.quantize_rows(x, columns)
+        return self.compiled.quantize_rows(x, columns)
 
     def product(
         self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor, low: Tensor | None = None
     ) -> Tensor:
         """y = x W^T, float32 [n, out], from q [n, k] and weight_q [out, k]."""
         more = None if low is None else int_mm(q, low.t())
-        return self.kernels.scale_product(int_mm(q, weight_q.t()), more, scale, weight_scale, None)
+        return self.compiled.scale_product(int_mm(q, weight_q.t()), more, scale, weight_scale, None)
 
     def product_back(self, q: Tensor, scale: Tensor, weight_q: Tensor) -> Tensor:
         """dx = dy W, float32 [n, k], from q [n, out] and weight_q [out, k]."""
-        return self.kernels.scale_product(int_mm(q, weight_q), None, scale, None, None)
+        return self.compiled.scale_product(int_mm(q, weight_q), None, scale, None, None)
 
     def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         """dw = dy^T x, float32 [out, k], as a product of integers: x keeps its own, dy gets one scale per column."""
-        columns, column_scale = self.kernels.quantize_columns(dy.to(torch.float32), scale)
-        return self.kernels.scale_product(int_mm(turned(columns), q), None, column_scale, None, None)
+        columns, column_scale = self.compiled.quantize_columns(dy.to(torch.float32), scale)
+        return self.compiled.scale_product(int_mm(turned(columns), q), None, column_scale, None, None)
 
     def refresh(self, weight: Int8Weight, master: Tensor) -> None:
         """As weight.refresh_planes."""
         if weight.low is None or not usable(master):
             refresh_planes(weight, master)
         else:
-            check_planes(self.kernels.split_planes(master.contiguous(), weight.q, weight.low, weight.scale))
+            check_planes(self.compiled.split_planes(master.contiguous(), weight.q, weight.low, weight.scale))

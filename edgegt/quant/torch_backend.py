@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from edgegt.native import Kernels
 from edgegt.pool import empty
 from edgegt.quant.backend import quantize_columns, quantize_tokens, scale_product
 from edgegt.quant.weight import LOW_STEPS, Int8Weight, refresh_planes
@@ -24,6 +25,7 @@ class TorchBackend:
     """`torch._int_mm` with the scales applied in place."""
 
     name = "torch"
+    kernels: Kernels | None = None
 
     def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns."""
