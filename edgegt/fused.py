@@ -5,12 +5,13 @@ a gated unit keeps four, and a rotation makes eight passes for q and k. Here eac
 one number per row), computed by the compiled kernels where they are, else by torch's operations with the same result.
 
 A family is not known by its name: a class or function is taken over only if it agrees with what is done here on random
-numbers, once per class. What does not agree stays as it is. Instances are changed, never classes or modules, so that a
-model of transformers beside ours is untouched.
+numbers, once per class; of norms each one, since their classes have options. What does not agree stays as it is.
+Instances are changed, never classes or modules, so that a model of transformers beside ours is untouched.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import FunctionType, MethodType, SimpleNamespace
@@ -27,6 +28,8 @@ from edgegt.native import Kernels, usable
 AGREES = 1e-5
 _WIDTH = 16
 _ROTATION = "apply_rotary_pos_emb"
+# What a class or function that is made or used in another way may say.
+_FOREIGN = (TypeError, AttributeError, StopIteration, RuntimeError, ValueError, LookupError)
 
 
 def fuse(model: nn.Module, kernels: Kernels | None = None) -> int:
@@ -44,7 +47,7 @@ def _forward_of(module: nn.Module, kernels: Kernels | None) -> Callable[..., Ten
     """The fused forward of one module, None when it is not one of those that are understood."""
     kind: Any = type(module)
     if kind.__name__.endswith("RMSNorm"):
-        form = _norm_form(kind)
+        form = _norm_form(module)
         return None if form is None else _norm_forward(module, *form, kernels)
     if {name for name, _ in module.named_children()} >= {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         act: Any = type(module.act_fn)
@@ -186,20 +189,20 @@ def _agree(theirs: Tensor, ours: Tensor) -> bool:
     return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= AGREES * theirs.abs().max())
 
 
-@cache
-def _norm_form(kind: type[nn.Module]) -> tuple[float, str] | None:
-    """(offset of the weight, name of its epsilon) if the class is a root-mean-square norm of its last dimension."""
+def _norm_form(module: nn.Module) -> tuple[float, str] | None:
+    """(offset of the weight, name of its epsilon) if the module is a root-mean-square norm of its last dimension."""
     with unset_fake_temporarily(), torch.no_grad():
         try:
-            norm: Any = kind(_WIDTH)
-            norm.weight.copy_(_numbers(_WIDTH))
+            norm: Any = copy.copy(module)
+            width = norm.weight.numel()
+            norm._parameters = {"weight": nn.Parameter(_numbers(width))}  # of the copy alone
             eps = next(name for name in ("variance_epsilon", "eps") if isinstance(getattr(norm, name, None), float))
             setattr(norm, eps, 0.5)  # large enough to be seen
-            x = _numbers(3, _WIDTH)
-            theirs = norm(x)
+            x = _numbers(3, width)
+            theirs = type(module).forward(norm, x)
             forms = [(offset, rms_norm(x, norm.weight, offset, 0.5, None)) for offset in (0.0, 1.0)]
             return next(((offset, eps) for offset, ours in forms if _agree(theirs, ours)), None)
-        except (TypeError, AttributeError, StopIteration, RuntimeError, ValueError):  # made or used in another way
+        except _FOREIGN:
             return None
 
 
@@ -215,7 +218,7 @@ def _is_gated(kind: type[nn.Module], act: type[nn.Module]) -> bool:
             like = SimpleNamespace(gate_proj=gate, up_proj=up, down_proj=down, act_fn=act())
             x = _numbers(3, _WIDTH)
             return _agree(cast(Any, kind.forward)(like, x), down(silu_mul(gate(x), up(x), None)))
-        except (TypeError, AttributeError, RuntimeError, ValueError):
+        except _FOREIGN:
             return False
 
 
@@ -227,7 +230,7 @@ def _rotates(theirs: Callable[..., tuple[Tensor, Tensor]]) -> bool:
             q, k, cos, sin = _numbers(2, 3, 5, 8), _numbers(2, 1, 5, 8), _numbers(2, 5, 8), _numbers(1, 2, 5, 8)[0]
             pairs = zip(theirs(q, k, cos, sin), (_turned(x, cos, sin, None, back=False) for x in (q, k)), strict=True)
             return all(_agree(*pair) for pair in pairs)
-        except (TypeError, AttributeError, RuntimeError, ValueError):
+        except _FOREIGN:
             return False
 
 

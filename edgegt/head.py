@@ -42,8 +42,8 @@ class Head(Protocol):
         """float32 [n, out] of a quantised input."""
         ...
 
-    def input_gradient(self, dy: Tensor) -> Tensor:
-        """float32 [n, in] of dy [n, out]."""
+    def input_gradient(self, dy: Tensor, evenly: bool = False) -> Tensor:
+        """float32 [n, in] of dy [n, out]; evenly: small values of dy are not rounded away."""
         ...
 
     def master_gradient(self, dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
@@ -80,16 +80,17 @@ def logit_map(module: Any) -> LogitMap:
     return LogitMap(factor, None if cap is None else float(cap))
 
 
-def head_loss(module: Any, hidden: Tensor, labels: Tensor, lse: Tensor | None = None) -> Tensor:
-    """Sum of the cross-entropy in nats over labels [...] other than -100, of hidden states [..., in].
+def head_loss(module: Any, hidden: Tensor, labels: Tensor, lse: Tensor | None = None, factor: float = 1.0) -> Tensor:
+    """Sum of the cross-entropy in nats over labels [...] other than -100, of hidden states [..., in], times `factor`.
 
-    labels may stay on the CPU. lse: float32 [labelled positions], filled with the logsumexp of each.
+    labels may stay on the CPU. lse: float32 [labelled positions], filled with the logsumexp of each. factor: given
+    here it costs nothing, while scaling the result makes backward pass over the largest gradient once more.
     The result can be differentiated once.
     """
     head: Head = module.get_output_embeddings()
     labels = labels.reshape(-1)
     at = (labels != IGNORE).nonzero().squeeze(1)
-    job = _Job(head, logit_map(module), at.to(hidden.device), labels[at].to(hidden.device), lse)
+    job = _Job(head, logit_map(module), at.to(hidden.device), labels[at].to(hidden.device), lse, factor)
     operands = (hidden.reshape(-1, hidden.shape[-1]), head.master, head.bias)
     if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
         return _head_loss(*operands, job)
@@ -135,6 +136,7 @@ class _Job:
     at: Tensor
     labels: Tensor
     lse: Tensor | None
+    factor: float
 
 
 @dataclass(eq=False)
@@ -151,18 +153,19 @@ def _run(job: _Job, hidden: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Ten
     head, device = job.head, hidden.device
     found = _Gradients(
         hidden=torch.zeros(hidden.shape, dtype=torch.float32, device=device) if needs[0] else None,
-        master=torch.zeros(head.master.shape, dtype=torch.float32, device=device) if needs[1] else None,
         bias=torch.zeros(head.bias.shape, dtype=torch.float32, device=device) if needs[2] else None,
     )
     loss = torch.zeros((), device=device)
     count = job.at.shape[0]
+    if needs[1] and count == 0:
+        found.master = torch.zeros(head.master.shape, dtype=torch.float32, device=device)
     step = chunk_positions(head.out_features, count)
     for start in range(0, count, step):
-        loss += _chunk(job, hidden, slice(start, start + step), found)
-    return loss, found
+        loss += _chunk(job, hidden, slice(start, start + step), needs, found)
+    return loss.mul_(job.factor), found
 
 
-def _chunk(job: _Job, hidden: Tensor, part: slice, found: _Gradients) -> Tensor:
+def _chunk(job: _Job, hidden: Tensor, part: slice, needs: tuple[bool, bool, bool], found: _Gradients) -> Tensor:
     """The loss of one chunk; its gradients are added to `found`."""
     head, at, target = job.head, job.at[part], job.labels[part].unsqueeze(1)
     q, scale = head.backend.quantize_tokens(hidden.index_select(0, at))
@@ -173,15 +176,15 @@ def _chunk(job: _Job, hidden: Tensor, part: slice, found: _Gradients) -> Tensor:
     lse = top.add_(size.log())
     if job.lse is not None:
         job.lse[part] = lse.squeeze(1)
-    if found.hidden is not None or found.master is not None or found.bias is not None:
-        softmax = logits.div_(size)
-        softmax.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=softmax.dtype))
+    if any(needs):
+        softmax = logits.mul_(size.reciprocal_().mul_(job.factor))
+        softmax.scatter_add_(1, target, torch.full_like(target, -job.factor, dtype=softmax.dtype))
         gradient = job.map.back_(softmax, tanh)
         del tanh
         if found.hidden is not None:
-            found.hidden[at] = head.input_gradient(gradient)
-        if found.master is not None:
-            head.master_gradient(gradient, q, scale, found.master)
+            found.hidden[at] = head.input_gradient(gradient, evenly=True)
+        if needs[1]:
+            found.master = head.master_gradient(gradient, q, scale, found.master)
         if found.bias is not None:
             found.bias += gradient.sum(0)
     return lse.sub_(picked).sum()
@@ -203,9 +206,10 @@ class _HeadLoss(torch.autograd.Function):
         if found is None:
             raise RuntimeError("the loss of the head was differentiated twice")
         ctx.found = None
+        factor = float(grads[0])
         for gradient in (found.hidden, found.master, found.bias):
-            if gradient is not None:
-                gradient.mul_(grads[0])
+            if gradient is not None and factor != 1.0:
+                gradient.mul_(factor)
         hidden = None if found.hidden is None else found.hidden.to(ctx.dtype)
         return hidden, found.master, found.bias, None
 

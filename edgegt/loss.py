@@ -17,16 +17,17 @@ from edgegt.head import base_model, head_loss
 from edgegt.quant import Int8Linear
 
 
-def supervised_loss(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Sum of the cross-entropy over the batch's supervised tokens, in nats; divide by their number for the mean.
+def supervised_loss(model: Any, batch: Batch, device: torch.device, factor: float = 1.0) -> torch.Tensor:
+    """Sum of the cross-entropy over the batch's supervised tokens, in nats, times `factor`: 1 / their number.
 
     Summing lets micro-batches of one step be normalised together by all tokens of the step.
     """
     if isinstance(model.get_output_embeddings(), Int8Linear):
-        return head_loss(model, kept_hidden(model, batch, device), batch.labels)
+        return head_loss(model, kept_hidden(model, batch, device), batch.labels, factor=factor)
     logits = model(**_inputs(batch, device), logits_to_keep=batch.shape.kept).logits
     labels = batch.labels.to(device).reshape(-1)
-    return cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels, ignore_index=IGNORE, reduction="sum")
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    return cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") * factor
 
 
 def kept_hidden(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:

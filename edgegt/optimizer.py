@@ -1,12 +1,12 @@
 """AdamW for trained tensors, one tensor at a time, and the learning-rate schedule.
 
 States are keyed by tensor name, so that a tensor can leave and come back with its history, and each tensor counts its
-own steps. Tensors of 4096 elements or more keep both moments in 8 bits with one scale per block (arXiv 2110.02861) where
-that is asked for, by the compiled kernel, else by bitsandbytes'; otherwise they are float32 (torch's fused kernel, which
-makes no temporaries). The two kernels have codes of their own, so a tensor's states belong to the one that made them.
+own steps. Where that is asked for, tensors of 4096 elements or more keep both moments in 8 bits with one scale per
+block (arXiv 2110.02861), by the compiled kernel, else by bitsandbytes'; otherwise they are float32 (torch's fused
+kernel, which makes no temporaries). The two kernels have codes of their own: states belong to the one that made them.
 A bfloat16 tensor is updated in float32 and rounded up or down at random, so that the mean is the value (arXiv
 1502.02551): rounding to nearest would drop every update below half of its last bit, 0.2 to 0.4 % of the value.
-All of it runs in slices, so that float working copies stay small.
+Where float working copies are needed it runs in slices, so that they stay small.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Moments:
 class AdamW:
     """Decoupled-weight-decay Adam (arXiv 1711.05101) over named tensors.
 
-    eight_bit: the states of tensors that begin from now on; seed: of random rounding, of bfloat16 tensors and of states.
+    eight_bit: the states of tensors that begin from now on; seed: of random rounding, of bfloat16 tensors and states;
     kernels: the compiled ones, None where there are none.
     """
 
@@ -90,7 +90,9 @@ class AdamW:
             self._key = self._number(name, state.step)
         rounded = values.dtype == torch.bfloat16
         draw = self._draw(name, state.step, parameter.device) if rounded else None
-        size = _SLICE.get(parameter.device.type, _SLICE["cpu"])
+        # Slices bound the float copies that a bfloat16 tensor or bitsandbytes' kernel needs; nothing else makes any.
+        copies = rounded or slopes.dtype != torch.float32 or step == self._step_bnb
+        size = _SLICE.get(parameter.device.type, _SLICE["cpu"]) if copies else max(1, values.numel())
         for start in range(0, values.numel(), size):
             part = slice(start, min(start + size, values.numel()))
             working = values[part].to(torch.float32)  # the slice itself unless it is rounded

@@ -165,6 +165,8 @@ def start_torch(options: RunOptions, resolved: Resolved, log: Log) -> tuple[torc
 
 def choose_kernels(device: torch.device, log: Log) -> Choice:
     """The int8 backend whose kernels ran and agreed here; a backend left out is said."""
+    from edgegt.errors import EdgegtError
+    from edgegt.native import reuse_memory
     from edgegt.quant import choose_backend
 
     cache = cache_dir()
@@ -172,6 +174,11 @@ def choose_kernels(device: torch.device, log: Log) -> Choice:
     choice = choose_backend(device, cache)
     for line in choice.lines:
         log.fallback(line)
+    if choice.backend.kernels is not None:
+        try:
+            reuse_memory(cache)
+        except EdgegtError as error:
+            log.fallback(f"memory is asked for anew in every layer, which takes longer: {error}")
     return choice
 
 

@@ -122,7 +122,7 @@ def _step(parts: Parts, recipe: Recipe, batch: Batch, micro_batch: int, progress
     total = 0.0
     for part in split_micro(batch, micro_batch):
         with _kept_measured(parts, recipe, part.shape, progress):
-            loss = supervised_loss(parts.module, part, parts.device) / batch.supervised
+            loss = supervised_loss(parts.module, part, parts.device, 1 / batch.supervised)
         total += float(loss.detach())
         if not math.isfinite(total):
             raise EdgegtError(

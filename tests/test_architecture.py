@@ -24,7 +24,7 @@ LAYERS = {
     "stages": "calibrate full trainee prepare use outlook doctor report",
     "parts of a run": "train recompute evaluate checkpoint selection importance patch speed budget job",
     "model and data": "model trace graph architecture head loss optimizer flops store source data quant native fused",
-    "surroundings": "folder log watch home process pool",
+    "surroundings": "folder log watch home process",
     "without torch": "calibrated chunks options device profile host cost rates memory case solver"
     " baselines problem planner value explain frontier",
     "ground": "errors units version cache",

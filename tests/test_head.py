@@ -50,7 +50,7 @@ class FloatHead:
         logits = q @ self.master.detach().t()
         return logits if self.bias is None else logits + self.bias.detach()
 
-    def input_gradient(self, dy: Tensor) -> Tensor:
+    def input_gradient(self, dy: Tensor, evenly: bool = False) -> Tensor:
         return dy @ self.master.detach()
 
     def master_gradient(self, dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:

@@ -306,7 +306,7 @@ def test_its_products_alone_are_those_of_autograd(backend: Backend, device: torc
     meter = layer.meter = CountingMeter()
     assert torch.equal(layer.logits(q, scale), y)
     assert torch.equal(layer.input_gradient(dy), x.grad)
-    assert torch.equal(layer.weight_gradient(dy, q, scale), layer.master.grad)
+    assert torch.equal(layer.master_gradient(dy, q, scale), layer.master.grad)
     dw = layer.master_gradient(dy, q, scale)
     assert snr_db(layer.master.grad, dw) > 36
     total = torch.ones_like(dw)
@@ -326,7 +326,7 @@ def test_a_bfloat16_master_has_a_float32_gradient(backend: Backend, device: torc
     x, dy = torch.randn(50, 96, device=device), torch.randn(50, 64, device=device)
     for _ in range(2):
         layer(x).backward(dy)
-    expected = 2 * layer.weight_gradient(dy, *backend.quantize_tokens(x))
+    expected = 2 * layer.master_gradient(dy, *backend.quantize_tokens(x))
     assert layer.master.grad is not None
     if hasattr(layer.master, "grad_dtype"):
         assert torch.equal(layer.master.grad, expected)

@@ -7,5 +7,6 @@ compiler of graphs would cost more memory than the int8 model saves.
 
 from edgegt.native.build import compiler_words, library
 from edgegt.native.kernels import Kernels, usable
+from edgegt.native.reuse import reuse_memory, reused_bytes
 
-__all__ = ["Kernels", "compiler_words", "library", "usable"]
+__all__ = ["Kernels", "compiler_words", "library", "reuse_memory", "reused_bytes", "usable"]

@@ -1,6 +1,6 @@
-"""Compiling `kernels.c` for this processor, once, into the user's cache.
+"""Compiling the C and C++ files beside this one for this processor, once, into the user's cache.
 
-The library's name has a digest of the source, the compiler's version, its options and the processor in it, so that a
+A library's name has a digest of the source, the compiler's version, its options and the processor in it, so that a
 cache shared by several machines, or one left by an older version, never hands out a wrong one.
 """
 
@@ -14,70 +14,99 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from edgegt.errors import EdgegtError
 
-SOURCE = Path(__file__).with_name("kernels.c")
 FOLDER = "native"
-COMPILERS = ("cc", "gcc", "clang")
+COMPILERS = {"CC": ("cc", "gcc", "clang"), "CXX": ("c++", "g++", "clang++")}
+SHARED = ("-fPIC", "-shared", "-fvisibility=hidden")
 # Without errno and traps, so that rounding and comparisons become vector instructions; nothing that changes a result.
-OPTIONS = ("-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC", "-shared",
-           "-fvisibility=hidden")  # fmt: skip
+KERNELS = ("-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *SHARED)
 # Clang on macOS has no OpenMP of its own, and some compilers no name for the processor: less is tried in this order.
 FOR_THIS_PROCESSOR = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())
+# The standard that torch's headers need has changed between versions.
+ALLOCATOR = ("-O2", *SHARED)
+STANDARDS = (("-std=c++20",), ("-std=c++17",))
 TIMEOUT_S = 60
 
 
 @cache
 def library(folder: Path) -> Any:
-    """The compiled kernels, from the folder 'native' of this cache if they are there.
+    """The compiled `kernels.c`, from the folder 'native' of this cache if it is there.
 
     Raises: EdgegtError when there is no compiler or it fails, with what it said.
     """
-    compiler = compiler_words()
+    return _built("kernels.c", folder, "CC", KERNELS, FOR_THIS_PROCESSOR, ("-lm",), _processor())
+
+
+@cache
+def allocator(folder: Path) -> Any:
+    """The compiled `allocator.cpp` for the torch that is installed, likewise. Raises: as library."""
+    import torch
+
+    inside = Path(torch.__file__).parent
+    old = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    words = (*ALLOCATOR, old, f"-I{inside / 'include'}")
+    return _built("allocator.cpp", folder, "CXX", words, STANDARDS, (f"-L{inside / 'lib'}", "-lc10"), torch.__version__)
+
+
+def compiler_words(variable: str = "CC") -> list[str]:
+    """The command of the compiler, with its options in $CC (or $CXX) if it is named there; empty when there is none."""
+    given = shlex.split(os.environ.get(variable, ""))
+    known = (given, *([name] for name in COMPILERS[variable]))
+    return next((words for words in known if words and shutil.which(words[0])), [])
+
+
+def _built(
+    name: str, folder: Path, variable: str, options: Sequence[str], variants: Sequence[Sequence[str]],
+    libraries: Sequence[str], depends_on: str,
+) -> Any:  # fmt: skip
+    """The library of one source, by the first variant of options that compiles and loads."""
+    compiler = compiler_words(variable)
     if not compiler:
-        raise EdgegtError(f"no C compiler was found ({', '.join(COMPILERS)}, or $CC)")
-    version = _run([*compiler, "--version"]).partition("\n")[0]
+        language = {"CC": "C", "CXX": "C++"}[variable]
+        raise EdgegtError(f"no {language} compiler was found ({', '.join(COMPILERS[variable])}, or ${variable})")
+    source = Path(__file__).with_name(name)
+    version = _run([*compiler, "--version"], name).partition("\n")[0]
     said = ""
-    for options in FOR_THIS_PROCESSOR:
-        words = [*compiler, *OPTIONS, *options]
-        key = hashlib.sha256("\n".join((SOURCE.read_text(encoding="utf-8"), version, *words, _processor())).encode())
-        path = folder / FOLDER / f"kernels-{key.hexdigest()[:20]}.so"
+    for variant in variants:
+        words = [*compiler, *options, *variant, str(source), *libraries]
+        facts = (source.read_text(encoding="utf-8"), version, *compiler, *options, *variant, depends_on)
+        key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
         try:
-            if not path.is_file():
-                _compile(words, path)
-            return ctypes.CDLL(str(path))
+            return _loaded(words, folder / FOLDER / f"{source.stem}-{key}.so", name)
         except (EdgegtError, OSError) as error:
             said = said or str(error)
     raise EdgegtError(said)
 
 
-def compiler_words() -> list[str]:
-    """The command of the compiler, with its options in $CC if it is named there; empty when there is none."""
-    given = shlex.split(os.environ.get("CC", ""))
-    return next((words for words in (given, *([name] for name in COMPILERS)) if words and shutil.which(words[0])), [])
-
-
-def _compile(words: list[str], path: Path) -> None:
-    """Compile next to `path` and move it there at once, so that two processes do not see half of it."""
+def _loaded(words: list[str], path: Path, name: str) -> Any:
+    """The library at `path`; one that is not there, or does not load, is compiled."""
+    if path.is_file():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # cut short when the machine lost its power, say
+            path.unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:  # moved there at once: no process sees half of it
         made = Path(work) / path.name
-        _run([*words, str(SOURCE), "-o", str(made), "-lm"])
+        _run([*words, "-o", str(made)], name)
         made.replace(path)
+    return ctypes.CDLL(str(path))
 
 
-def _run(words: list[str]) -> str:
+def _run(words: list[str], name: str) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except (OSError, subprocess.SubprocessError) as error:
         raise EdgegtError(f"'{words[0]}' could not be run ({type(error).__name__})") from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-        raise EdgegtError(f"'{words[0]}' could not compile the kernels: {lines[0].strip()[:200]}")
+        raise EdgegtError(f"'{words[0]}' could not compile {name}: {lines[0].strip()[:200]}")
     return done.stdout
 
 

@@ -45,8 +45,15 @@ static inline int8_t limited(float whole) {
 
 static inline int8_t to_int8(float value) { return limited(rintf(value)); }
 
-/* q [n, k], scale [n] of x [n, k], or of x * columns with columns [k]. */
-API void quantize_rows(const float *x, const float *columns, int64_t n, int64_t k, int8_t *q, float *scale, int threads) {
+/* Where a value between two steps starts, in [0, 1): a fixed pattern that is even along each row and each column. */
+static inline float turn_of(int64_t row, int64_t column) {
+    uint32_t at = (uint32_t)row * GOLDEN + (uint32_t)column * PLASTIC;
+    return (float)(int32_t)(at >> 8) * 0x1p-24f;
+}
+
+/* q [n, k], scale [n] of x [n, k], or of x * columns with columns [k]. evenly: see quantize_columns. */
+API void quantize_rows(const float *x, const float *columns, int64_t n, int64_t k, int evenly, int8_t *q, float *scale,
+                       int threads) {
     ROWS(threads)
     for (int64_t row = 0; row < n; row++) {
         const float *in = x + row * k;
@@ -65,7 +72,11 @@ API void quantize_rows(const float *x, const float *columns, int64_t n, int64_t 
         }
         float step = step_of(largest), inverse = 1.0f / step;
         scale[row] = step;
-        if (columns) {
+        if (evenly && columns) {
+            for (int64_t i = 0; i < k; i++) out[i] = limited(floorf(in[i] * columns[i] * inverse + turn_of(row, i)));
+        } else if (evenly) {
+            for (int64_t i = 0; i < k; i++) out[i] = limited(floorf(in[i] * inverse + turn_of(row, i)));
+        } else if (columns) {
             for (int64_t i = 0; i < k; i++) out[i] = to_int8(in[i] * columns[i] * inverse);
         } else {
             for (int64_t i = 0; i < k; i++) out[i] = to_int8(in[i] * inverse);
@@ -99,17 +110,14 @@ API void quantize_columns(const float *x, const float *tokens, int64_t n, int64_
         for (int64_t row = 0; row < n; row++) {
             const float *in = x + row * k + start, token = tokens[row];
             int8_t *out = q + row * k + start;
-            uint32_t turn = (uint32_t)row * GOLDEN;
-            for (int64_t i = 0; i < width; i++) {
-                uint32_t at = turn + (uint32_t)(start + i) * PLASTIC;
-                float share = (float)(int32_t)(at >> 8) * 0x1p-24f;
-                out[i] = limited(floorf(in[i] * token * inverse[i] + share));
-            }
+            for (int64_t i = 0; i < width; i++)
+                out[i] = limited(floorf(in[i] * token * inverse[i] + turn_of(row, start + i)));
         }
     }
 }
 
-/* y [n, m] = rows[:, None] * (high + low / 254) * columns + bias; low, columns, bias may be absent; y may be high. */
+/* y [n, m] = rows[:, None] * (high + low / 254) * columns + bias; low, columns, bias may be absent, but not columns
+   where low is; y may be high. */
 API void scale_product(const int32_t *high, const int32_t *low, const float *rows, const float *columns,
                        const float *bias, int64_t n, int64_t m, float *y, int threads) {
     ROWS(threads)
@@ -204,7 +212,9 @@ static inline float exp_of(float x) {
 
 static inline float sigmoid(float x) {
     float faint = exp_of(-fabsf(x)), large = 1.0f / (1.0f + faint);
-    return x >= 0.0f ? large : 1.0f - large;
+    float share = x >= 0.0f ? 1.0f : faint; /* not 1 - large, which has no digits left far below 0 */
+    share = x > -87.0f ? share : 0.0f;
+    return share * large;
 }
 
 /* y [n] = silu(gate) * up. */

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgegt.pool import POOL
-
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "quantize_rows": (_P, _P, _I, _I, _P, _P, _N),
+    "quantize_rows": (_P, _P, _I, _I, _N, _P, _P, _N),
     "quantize_columns": (_P, _P, _I, _I, _P, _P, _N),
     "scale_product": (_P, _P, _P, _P, _P, _I, _I, _P, _N),
     "split_planes": (_P, _I, _I, _P, _P, _P, _N),
@@ -41,17 +39,18 @@ class Kernels:
             function.restype = _I if name == "split_planes" else None
             self._functions[name] = function
 
-    def quantize_rows(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantize_rows(self, x: Tensor, columns: Tensor | None = None, evenly: bool = False) -> tuple[Tensor, Tensor]:
         """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns [k]; scale = absmax / 127."""
         x = x.contiguous()
-        q, scale = POOL.empty(x.shape, torch.int8), torch.empty(x.shape[0])
-        self._call("quantize_rows", x, columns, *x.shape, q, scale)
+        q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0])
+        columns = None if columns is None else columns.contiguous()
+        self._call("quantize_rows", x, columns, *x.shape, int(evenly), q, scale)
         return q, scale
 
     def quantize_columns(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(int8 [n, k], float32 scale [k]) of x [n, k] * tokens[:, None], one scale per column."""
         x = x.contiguous()
-        q, scale = POOL.empty(x.shape, torch.int8), torch.empty(x.shape[1])
+        q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[1])
         self._call("quantize_columns", x, tokens.contiguous(), *x.shape, q, scale)
         return q, scale
 
@@ -77,25 +76,25 @@ class Kernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:
         """(y, rstd): y = x * rstd * (weight + offset) over the last dimension, float32 rstd [rows]."""
-        y, rstd = POOL.empty(x.shape), torch.empty(x.numel() // x.shape[-1])
+        y, rstd = torch.empty(x.shape), torch.empty(x.numel() // x.shape[-1])
         self._call("rms_norm", x, weight, offset, eps, rstd.numel(), x.shape[-1], y, rstd)
         return y, rstd
 
     def rms_norm_back(self, dy: Tensor, x: Tensor, weight: Tensor, offset: float, rstd: Tensor) -> Tensor:
         """dx of rms_norm."""
-        dx = POOL.empty(x.shape)
+        dx = torch.empty(x.shape)
         self._call("rms_norm_back", dy.contiguous(), x, weight, offset, rstd, rstd.numel(), x.shape[-1], dx)
         return dx
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up."""
-        y = POOL.empty(gate.shape)
+        y = torch.empty(gate.shape)
         self._call("silu_mul", gate, up, gate.numel(), y)
         return y
 
     def silu_mul_back(self, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients to gate and up."""
-        dgate, dup = POOL.empty(gate.shape), POOL.empty(up.shape)
+        dgate, dup = torch.empty(gate.shape), torch.empty(up.shape)
         self._call("silu_mul_back", dy.contiguous(), gate, up, gate.numel(), dgate, dup)
         return dgate, dup
 
@@ -108,11 +107,12 @@ class Kernels:
         laid = x.transpose(1, 2)
         if laid.stride(3) != 1 or laid.stride(0) != tokens * laid.stride(1):
             laid = laid.contiguous()
-        y = POOL.empty((rows, tokens, heads, size))
+        step = laid.stride(1 if tokens > 1 else 0)  # the stride of a dimension of one element may be any number
+        y = torch.empty(rows, tokens, heads, size)
         angles = cosine.shape[0] * tokens
         self._call(
-            "rotate", laid, laid.stride(1), laid.stride(2), cosine, sine, angles, rows * tokens, heads, size,
-            int(back), y,
+            "rotate", laid, step, laid.stride(2), cosine.contiguous(), sine.contiguous(), angles, rows * tokens, heads,
+            size, int(back), y,
         )  # fmt: skip
         return y.transpose(1, 2)
 

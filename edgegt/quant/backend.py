@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from edgegt.native import Kernels, compiler_words
-from edgegt.pool import empty
 from edgegt.quant.weight import LOW_STEPS, Int8Weight, absmax, refresh_planes, row_chunks
 
 TOKEN_ELEMENTS = 2**20
@@ -49,8 +48,12 @@ class Backend(Protocol):
     name: str
     kernels: Kernels | None
 
-    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns with columns [k]; scale = absmax / 127."""
+    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None, evenly: bool = False) -> tuple[Tensor, Tensor]:
+        """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns with columns [k]; scale = absmax / 127.
+
+        evenly: a value between two steps goes up as often as its share says, not always to the nearer one, so that of
+        very many small values beside a large one (a softmax) the sum is kept.
+        """
         ...
 
     def product(
@@ -63,8 +66,8 @@ class Backend(Protocol):
         """dx = dy W, float32 [n, k], from q [n, out] and weight_q [out, k]; dy already holds the row scales."""
         ...
 
-    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-        """dw = dy^T x, float32 [out, k], from float32 dy [n, out] and the quantised x, q [n, k] and scale [n]."""
+    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        """dw = dy^T x, float32 [out, k], of dy [n, out] and the quantised x (q [n, k], scale [n]); added to `out`."""
         ...
 
     def refresh(self, weight: Int8Weight, master: Tensor) -> None:
@@ -93,9 +96,9 @@ class Choice:
     note: str = ""
 
 
-def quantize_tokens(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_tokens(x: Tensor, columns: Tensor | None = None, evenly: bool = False) -> tuple[Tensor, Tensor]:
     """Per-row absmax quantisation in torch, at most 4 MiB of float32 at a time. NaN and infinity end in the scale."""
-    q = empty(x.shape, torch.int8, x.device)
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     for rows in row_chunks(x, elements=TOKEN_ELEMENTS):
         part = x[rows].to(torch.float32)
@@ -104,8 +107,17 @@ def quantize_tokens(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, T
         size = absmax(part).div_(127).clamp_min_(SMALLEST_TOKEN_SCALE)
         scale[rows] = size
         inverse = size.reciprocal_().unsqueeze(1)
-        q[rows] = (part * inverse if columns is None else part.mul_(inverse)).round_()
+        part = part * inverse if columns is None else part.mul_(inverse)
+        q[rows] = part.add_(_turns(rows, x)).floor_().clamp_(-127, 127) if evenly else part.round_()
     return q, scale
+
+
+def _turns(rows: slice, x: Tensor) -> Tensor:
+    """Where a value between two steps starts, in [0, 1), for these rows of x: even along each row and each column."""
+    row = torch.arange(x.shape[0], device=x.device)[rows].mul_(GOLDEN).remainder_(2**32)
+    column = torch.arange(x.shape[1], device=x.device).mul_(PLASTIC).remainder_(2**32)
+    turns = (row.unsqueeze(1) + column).remainder_(2**32).bitwise_right_shift_(8)
+    return turns.to(torch.float32).mul_(2.0**-24)
 
 
 def scale_product(product: Tensor, scale: Tensor, weight_scale: Tensor | None = None) -> Tensor:
@@ -118,20 +130,13 @@ def scale_product(product: Tensor, scale: Tensor, weight_scale: Tensor | None = 
 
 
 def quantize_columns(x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 [n, k], float32 scale [k]) of x [n, k] * tokens[:, None]: the operand of a sum over n.
-
-    A value between two steps goes up as often as its share says, by a fixed pattern that is even along each column:
-    rounding to nearest would lose from the sum whatever is much smaller than the largest of its column.
-    """
+    """(int8 [n, k], float32 scale [k]) of x [n, k] * tokens[:, None], rounded evenly: the operand of a sum over n."""
     if x.shape[0] == 0:
         return torch.empty(x.shape, dtype=torch.int8, device=x.device), torch.zeros(x.shape[1], device=x.device)
     part = x.to(torch.float32) * tokens.unsqueeze(1)
     scale = absmax(part.t()).div_(127).clamp_min_(SMALLEST_TOKEN_SCALE)
-    rows = torch.arange(x.shape[0], device=x.device).mul_(GOLDEN).remainder_(2**32)
-    columns = torch.arange(x.shape[1], device=x.device).mul_(PLASTIC).remainder_(2**32)
-    for some in row_chunks(part, elements=TOKEN_ELEMENTS):
-        turn = (rows[some].unsqueeze(1) + columns).remainder_(2**32).bitwise_right_shift_(8)
-        part[some].mul_(scale.reciprocal()).add_(turn.to(torch.float32), alpha=2.0**-24).floor_()
+    for rows in row_chunks(part, elements=TOKEN_ELEMENTS):
+        part[rows].mul_(scale.reciprocal()).add_(_turns(rows, x)).floor_()
     return part.clamp_(-127, 127).to(torch.int8), scale
 
 
@@ -140,12 +145,13 @@ def weight_gradient(dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = N
 
     out: float32 [out, in] to add dw to, in place.
     """
-    dw = torch.zeros(dy.shape[1], q.shape[1], dtype=torch.float32, device=q.device) if out is None else out
+    dw = out
     for start in range(0, q.shape[0], DW_TOKENS):
         tokens = slice(start, start + DW_TOKENS)
         x = q[tokens].to(torch.float32).mul_(scale[tokens].unsqueeze(1))
-        dw.addmm_(dy[tokens].to(torch.float32).t(), x)
-    return dw
+        part = dy[tokens].to(torch.float32).t()
+        dw = part @ x if dw is None else dw.addmm_(part, x)
+    return torch.zeros(dy.shape[1], q.shape[1], device=q.device) if dw is None else dw
 
 
 class ReferenceBackend:
@@ -154,9 +160,9 @@ class ReferenceBackend:
     name = "reference"
     kernels: Kernels | None = None
 
-    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None, evenly: bool = False) -> tuple[Tensor, Tensor]:
         """As Backend."""
-        return quantize_tokens(x, columns)
+        return quantize_tokens(x, columns, evenly)
 
     def product(
         self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor, low: Tensor | None = None
@@ -178,9 +184,9 @@ class ReferenceBackend:
             dx.addmm_(q[:, rows].to(torch.float32), weight_q[rows].to(torch.float32))
         return dx.mul_(scale.unsqueeze(1))
 
-    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         """As Backend, in float32."""
-        return weight_gradient(dy, q, scale)
+        return weight_gradient(dy, q, scale, out)
 
     def refresh(self, weight: Int8Weight, master: Tensor) -> None:
         """As Backend."""

@@ -33,10 +33,10 @@ class BitsandbytesBackend:
         self._quantize = operators.int8_vectorwise_quant
         self._matmul = operators.int8_linear_matmul
 
-    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None, evenly: bool = False) -> tuple[Tensor, Tensor]:
         """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns."""
-        if x.device.type != "cpu":
-            return quantize_tokens(x, columns)
+        if evenly or x.device.type != "cpu":
+            return quantize_tokens(x, columns, evenly)
         q = torch.empty(x.shape, dtype=torch.int8)
         scale = torch.empty(x.shape[0], dtype=torch.float32)
         for rows in row_chunks(x, elements=TOKEN_ELEMENTS):
@@ -56,10 +56,11 @@ class BitsandbytesBackend:
         transposed = weight_q.t() if q.device.type == "cpu" else weight_q.t().contiguous()
         return scale_product(self._product(q, transposed), scale)
 
-    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         """dw = dy^T x, float32 [out, k], as a product of integers; both operands are transposed by a copy."""
         columns, column_scale = quantize_columns(dy, scale)
-        return scale_product(self._product(columns.t().contiguous(), q.t().contiguous()), column_scale)
+        dw = scale_product(self._product(columns.t().contiguous(), q.t().contiguous()), column_scale)
+        return dw if out is None else out.add_(dw)
 
     def refresh(self, weight: Int8Weight, master: Tensor) -> None:
         """As weight.refresh_planes."""

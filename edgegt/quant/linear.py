@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from edgegt.quant.backend import Backend, weight_gradient
+from edgegt.quant.backend import Backend
 from edgegt.quant.rows import TrainedRows
 from edgegt.quant.weight import Int8Weight, split_planes
 
@@ -159,27 +159,20 @@ class Int8Linear(nn.Module):
             y.add_(self.bias.detach())
         return y
 
-    def input_gradient(self, dy: Tensor) -> Tensor:
-        """dx, float32 [n, in], of dy [n, out], which is left as it is."""
+    def input_gradient(self, dy: Tensor, evenly: bool = False) -> Tensor:
+        """dx, float32 [n, in], of dy [n, out], which is left as it is. evenly: how dy is rounded, see Backend."""
         scale = self.weight.scale.to(torch.float32)
         if self.rows is None:
-            return self._back(dy, scale, self.weight, "dx")
-        dx = self._back(dy, self.rows.without(scale), self.weight, "dx")
-        rows = self.rows.weight
-        return dx.add_(self._back(self.rows.columns(dy), rows.scale.to(torch.float32), rows, self._again("dx")))
-
-    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-        """dw, float32 [out, in] or, of R trained rows, [R, in], as the backend forms it: by integers if it can."""
-        part = dy if self.rows is None else self.rows.columns(dy)
-        self._count("dw", *part.shape)
-        return self.backend.weight_gradient(part, q, scale)
+            return self._back(dy, scale, self.weight, "dx", evenly)
+        dx = self._back(dy, self.rows.without(scale), self.weight, "dx", evenly)
+        rows, part = self.rows.weight, self.rows.columns(dy)
+        return dx.add_(self._back(part, rows.scale.to(torch.float32), rows, self._again("dx"), evenly))
 
     def master_gradient(self, dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-        """The same in float32, added to `out` in place when given: for the gradient of a softmax, whose columns have
-        too wide a range for integers."""
+        """dw, float32 [out, in] or, of R trained rows, [R, in]; of dy [n, out]; added to `out` in place when given."""
         part = dy if self.rows is None else self.rows.columns(dy)
         self._count("dw", *part.shape)
-        return weight_gradient(part, q, scale, out)
+        return self.backend.weight_gradient(part, q, scale, out)
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -206,8 +199,8 @@ class Int8Linear(nn.Module):
             self._count("low_plane", *size)
         return y
 
-    def _back(self, dy: Tensor, columns: Tensor, weight: Int8Weight, kind: str) -> Tensor:
-        q, scale = self.backend.quantize_tokens(dy, columns)
+    def _back(self, dy: Tensor, columns: Tensor, weight: Int8Weight, kind: str, evenly: bool) -> Tensor:
+        q, scale = self.backend.quantize_tokens(dy, columns, evenly)
         self._count(kind, *dy.shape)
         return self.backend.product_back(q, scale, weight.q)
 
@@ -243,7 +236,7 @@ class _Int8Product(torch.autograd.Function):
         if ctx.probe is not None:
             ctx.probe(layer.name, dy.to(torch.float32), *ctx.saved_tensors)
         elif needs_master:
-            dw = layer.weight_gradient(dy, *ctx.saved_tensors)
+            dw = layer.master_gradient(dy, *ctx.saved_tensors)
         if needs_x:
             dx = layer.input_gradient(dy).to(ctx.dtype).reshape(ctx.shape)
         if needs_bias:

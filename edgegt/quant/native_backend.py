@@ -13,7 +13,7 @@ from torch import Tensor
 from edgegt.cache import cache_dir
 from edgegt.native import Kernels, library, usable
 from edgegt.quant.backend import quantize_tokens
-from edgegt.quant.torch_backend import TorchBackend, int_mm, turned
+from edgegt.quant.torch_backend import TorchBackend, int_mm
 from edgegt.quant.weight import Int8Weight, check_planes, refresh_planes
 
 
@@ -25,11 +25,11 @@ class NativeBackend(TorchBackend):
     def __init__(self) -> None:
         self.compiled = self.kernels = Kernels(library(cache_dir()))
 
-    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None, evenly: bool = False) -> tuple[Tensor, Tensor]:
         """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns."""
         if not usable(x) or (columns is not None and not usable(columns)):
-            return quantize_tokens(x, columns)
-        return self.compiled.quantize_rows(x, columns)
+            return quantize_tokens(x, columns, evenly)
+        return self.compiled.quantize_rows(x, columns, evenly)
 
     def product(
         self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor, low: Tensor | None = None
@@ -42,10 +42,13 @@ class NativeBackend(TorchBackend):
         """dx = dy W, float32 [n, k], from q [n, out] and weight_q [out, k]."""
         return self.compiled.scale_product(int_mm(q, weight_q), None, scale, None, None)
 
-    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-        """dw = dy^T x, float32 [out, k], as a product of integers: x keeps its own, dy gets one scale per column."""
-        columns, column_scale = self.compiled.quantize_columns(dy.to(torch.float32), scale)
-        return self.compiled.scale_product(int_mm(turned(columns), q), None, column_scale, None, None)
+    def quantize_columns(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """As backend.quantize_columns."""
+        return self.compiled.quantize_columns(x.to(torch.float32), tokens)
+
+    def scaled(self, product: Tensor, scale: Tensor) -> Tensor:
+        """scale[:, None] * product as float32, in the memory of the int32 product."""
+        return self.compiled.scale_product(product, None, scale, None, None)
 
     def refresh(self, weight: Int8Weight, master: Tensor) -> None:
         """As weight.refresh_planes."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from edgegt.native import Kernels
-from edgegt.pool import empty
 from edgegt.quant.backend import quantize_columns, quantize_tokens, scale_product
-from edgegt.quant.weight import LOW_STEPS, Int8Weight, refresh_planes
+from edgegt.quant.weight import LOW_STEPS, Int8Weight, refresh_planes, row_chunks
 
+PART_ELEMENTS = 2**21
 CUDA_ROWS = 32
 CUDA_MULTIPLE = 8
 
@@ -27,9 +27,9 @@ class TorchBackend:
     name = "torch"
     kernels: Kernels | None = None
 
-    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantize_tokens(self, x: Tensor, columns: Tensor | None = None, evenly: bool = False) -> tuple[Tensor, Tensor]:
         """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns."""
-        return quantize_tokens(x, columns)
+        return quantize_tokens(x, columns, evenly)
 
     def product(
         self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor, low: Tensor | None = None
@@ -42,10 +42,25 @@ class TorchBackend:
         """dx = dy W, float32 [n, k], from q [n, out] and weight_q [out, k]."""
         return scale_product(int_mm(q, weight_q), scale)
 
-    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-        """dw = dy^T x, float32 [out, k], as a product of integers: x keeps its own, dy gets one scale per column."""
-        columns, column_scale = quantize_columns(dy, scale)
-        return scale_product(int_mm(turned(columns), q), column_scale)
+    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        """dw = dy^T x, float32 [out, k], as a product of integers: x keeps its own, dy gets one scale per column.
+
+        Added to `out` it is formed a part of its rows at a time.
+        """
+        columns, column_scale = self.quantize_columns(dy, scale)
+        if out is None:
+            return self.scaled(int_mm(turned(columns), q), column_scale)
+        for rows in row_chunks(out, elements=PART_ELEMENTS):
+            out[rows] += self.scaled(int_mm(turned(columns[:, rows]), q), column_scale[rows])
+        return out
+
+    def quantize_columns(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """As backend.quantize_columns."""
+        return quantize_columns(x, tokens)
+
+    def scaled(self, product: Tensor, scale: Tensor) -> Tensor:
+        """scale[:, None] * product as float32, in the memory of the int32 product."""
+        return scale_product(product, scale)
 
     def refresh(self, weight: Int8Weight, master: Tensor) -> None:
         """As weight.refresh_planes."""
@@ -61,10 +76,7 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """The int32 product of two int8 matrices, padded where the device asks for it."""
     if 0 in (*a.shape, *b.shape):
         return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
-    if a.device.type == "cuda":
-        return padded_int_mm(a, b)
-    product = empty((a.shape[0], b.shape[1]), torch.int32, a.device)
-    return torch._int_mm(a, b, out=product)
+    return padded_int_mm(a, b) if a.device.type == "cuda" else torch._int_mm(a, b)
 
 
 def padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
