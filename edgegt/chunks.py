@@ -7,5 +7,5 @@ SMALLEST_CHUNK = 16
 
 
 def chunk_positions(vocabulary: int, n: int) -> int:
-    """Positions per chunk of `n`: 2**22 logits (16 MiB in float32), but not below 16 positions; at least 1."""
-    return max(1, min(n, max(SMALLEST_CHUNK, HEAD_CHUNK_ELEMENTS // vocabulary)))
+    """Positions per chunk of `n`: 2**22 logits (16 MiB in float32) rounded up, not below 16 positions; at least 1."""
+    return max(1, min(n, max(SMALLEST_CHUNK, -(-HEAD_CHUNK_ELEMENTS // vocabulary))))

@@ -22,6 +22,10 @@ def broken() -> None:
 def test_this_machine_can_train() -> None:
     findings = examine()
     assert json.loads(json.dumps(findings, allow_nan=False))["ok"] is True
+    working = [item["name"] for item in findings["backends"] if item["ok"]]
+    assert findings["backend"] in working
+    assert f"int8        {findings['backend']} is used" in findings_text(findings).splitlines()
+    assert "int8        reference is used" in findings_text({**findings, "backend": "reference"}).splitlines()
     assert "cannot train" not in findings_text(findings)
     assert "edgegt cannot train here" in findings_text({**findings, "ok": False})
 

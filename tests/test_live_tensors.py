@@ -1,19 +1,46 @@
-"""The counter of live tensors against tensors whose bytes are known by heart."""
+"""The counter of live tensors against tensors whose bytes are known by heart; and the memory model against the counter.
+
+A step of training is counted tensor by tensor and compared with the terms that the memory model names.
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
+import random
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
 
+from edgegt.architecture import layers_of
+from edgegt.cost import CostTable
+from edgegt.data import Batch, Example, Row, collate
+from edgegt.memory import Formats, Setting, Surroundings, most_labelled, peak_terms
+from edgegt.model import Int8Model
+from edgegt.optimizer import AdamW
+from edgegt.recompute import recomputed
+from edgegt.selection import Trainables
+from edgegt.trace import trace
+from edgegt.train import Parts, Progress, Recipe, train_round
+from edgegt.watch import MemoryWatch
 from live_tensors import LiveTensors
+from tiny_models import CPU, load, save_model
 
 KIB = 2**10
 ROWS = 256  # float32 vectors of 1 KiB
+FULL, SMALL = Formats("float32", "float32"), Formats("bfloat16", "8-bit")
+CONFIG = LlamaConfig(
+    vocab_size=2048, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    pad_token_id=0,
+)  # fmt: skip
 
 
 def test_a_tensor_counts_from_its_making_to_its_end() -> None:
@@ -272,3 +299,84 @@ def test_backward_on_a_gpu_is_seen_from_the_engines_own_thread() -> None:
         assert any(entry.op.startswith("aten.mm") for entry in live.largest())
         del loss
         assert live.now == 256 * KIB
+
+
+@functools.cache
+def costs() -> CostTable:
+    return trace(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("live")
+    save_model(folder / "model", CONFIG)
+    return folder
+
+
+def live_step(
+    model: Int8Model, names: Sequence[str], again: Sequence[int], formats: Formats, batch: Batch, micro_batch: int,
+    folder: Path,
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes that training these tensors adds for good, and the peak of its second step with them."""
+    trainables = Trainables(model, AdamW(False), folder / "parked")
+    trainables.configure(formats, None)
+    parts = Parts(
+        model.module, CPU, trainables.live, trainables.step, model.inputs.clear, model.meter, MemoryWatch(False)
+    )
+    recipe = Recipe(lambda step: 1e-3, 1e9, 2, 1 << 62, lambda shape: 0)
+    held = 0
+
+    with LiveTensors() as live:
+
+        def after_step(entry: dict[str, Any]) -> None:
+            nonlocal held
+            if entry["step"] == 1:
+                held = live.now
+                live.reset_peak()
+
+        trainables.select(names)
+        with recomputed(model.module.get_submodule(layers_of(model.module)[0]), again):
+            pairs = [(0.0, batch)] * 2
+            train_round(parts, recipe, pairs, micro_batch, 0, Progress(), folder / "metrics.jsonl", after_step)
+        peak = live.peak
+    trainables.release()
+    return held, peak
+
+
+def rows_of(count: int, shortest: int) -> list[Example]:
+    """Prompts and completions of `shortest` to 48 random tokens."""
+    draw = random.Random(0)
+
+    def tokens() -> tuple[int, ...]:
+        return tuple(draw.randrange(3, CONFIG.vocab_size) for _ in range(draw.randint(shortest, 48)))
+
+    return [Example((1, *tokens()), (*tokens(), 2), Row("p", "c", number)) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "formats", "depth", "shortest"),
+    [(8, FULL, 0, 30), (8, FULL, 2, 30), (2, SMALL, 0, 30), (8, FULL, 0, 48)],
+    ids=["whole", "recomputed", "accumulated", "no padding"],
+)
+@pytest.mark.parametrize("chosen", ["all", "head", "lowest", "some"])
+def test_the_memory_model_names_what_a_step_holds(
+    chosen: str, micro_batch: int, formats: Formats, depth: int, shortest: int, model_folder: Path, tmp_path: Path
+) -> None:
+    """Without slack; 1 MiB is for the optimizer's slices. Where no row is padded, keys and values are not repeated."""
+    table = costs()
+    names = [weight.name for weight in table.weights]
+    choices = {"all": names, "head": names[-1:], "lowest": names[:1], "some": random.Random(0).sample(names, 10)}
+    selected = choices[chosen]
+    again = [index for index in range(table.blocks) if table.layers[index].weights & table.mask(selected)][:depth]
+    batch = collate(rows_of(8, shortest), 0, 97 if shortest == 48 else None)
+    model = load(model_folder / "model", model_folder / "cache")
+    held, peak = live_step(model, selected, again, formats, batch, micro_batch, tmp_path)
+    setting = Setting(
+        replace(batch.shape, rows=micro_batch), CONFIG.vocab_size, micro_batch < 8, formats,
+        most_labelled([batch.shape], micro_batch),
+    )  # fmt: skip
+    terms = peak_terms(table, selected, again, Surroundings(0), setting)
+    named = sum(terms.values()) - sum(terms[name] for name in ("libraries", "base", "fragments", "slack"))
+    assert held == pytest.approx(terms["masters"] + terms["planes"] + terms["optimizer"], rel=0.001, abs=3 * KIB)
+    assert peak <= 1.01 * named + 1024 * KIB
+    assert peak >= (0.95 if shortest < 48 else 0.9) * named

@@ -15,6 +15,7 @@ from edgegt.cost import BatchShape, Block, CostTable, Path, Weight, Work
 from edgegt.memory import (
     FRAGMENTS_PERCENT,
     HIDDEN_BYTES,
+    HOLES_PERCENT,
     LIBRARY_BYTES,
     LOGIT_BYTES,
     SLACK_BYTES,
@@ -26,6 +27,7 @@ from edgegt.memory import (
     gradient_bytes,
     logit_bytes,
     master_bytes,
+    most_labelled,
     optimizer_bytes,
     peak_terms,
     plane_bytes,
@@ -184,6 +186,27 @@ def test_logits_are_those_of_one_chunk() -> None:
     assert logit_bytes(table(), shape, vocabulary) == LOGIT_BYTES * vocabulary * chunk + HIDDEN_BYTES * 800 * 64
 
 
+def test_the_head_runs_on_labelled_positions_alone() -> None:
+    """A micro-batch may hold all labels of its batch, but no more than it has positions."""
+    batches = [BatchShape(8, 96, 68, 378), BatchShape(8, 96, 60, 391), BatchShape(3, 40, 40)]
+    assert [most_labelled(batches, rows) for rows in (8, 4, 2, 1)] == [391, 272, 136, 68]
+    assert most_labelled(batches[2:], 8) == 120
+    shape = BatchShape(8, 96, 68)
+    assert logit_bytes(table(), shape, 300, 391) == LOGIT_BYTES * 300 * 391 + HIDDEN_BYTES * 8 * 68 * 64
+    assert logit_bytes(table(), shape, 300) == logit_bytes(table(), shape, 300, 8 * 68)
+
+
+def test_small_micro_batches_leave_holes_in_the_heap() -> None:
+    """Their hidden states of 64 floats lie in the heap below 1,024 tokens."""
+    batches = [BatchShape(8, 160, 10), BatchShape(8, 120, 20), BatchShape(1, 40, 9)]
+    settings = [Setting.of(table(), batches[:count], VOCABULARY, 8, 8, FULL) for count in (1, 2, 3)]
+    assert [setting.holes for setting in settings] == [0, 19, 19]
+    assert Setting.of(table(), batches, VOCABULARY, 4, 8, FULL).holes == HOLES_PERCENT
+    plain, holed = (peak_terms(table(), ("matrix",), (), AROUND, setting)["fragments"] for setting in settings[:2])
+    kept = [path.saved_bytes.at(settings[1].worst) for path in table().paths if path.weights & 1]
+    assert (plain, holed) == (0, sum(size * 19 // 100 for size in kept))
+
+
 def test_slack_is_a_share_of_the_tensors_only() -> None:
     assert slack_bytes({"floor": 10**9, "libraries": 10**8, "base": 10**8, "slack": 10**7}) == SLACK_BYTES
     named = {"masters": 10**8, "logits": 10**7}
@@ -336,7 +359,7 @@ def assert_the_case_agrees(problem: Problem, draw: random.Random) -> None:
     case, table, setting = case_of(problem, way), problem.table_of(way), problem.setting(way)
     resting = sum(plane_bytes(weight) for weight in table.weights if weight.name in problem.around.demoted)
     fixed = problem.around.floor_bytes + LIBRARY_BYTES + table.base_bytes + resting
-    logits = logit_bytes(table, setting.worst, problem.vocabulary)
+    logits = logit_bytes(table, setting.worst, problem.vocabulary, setting.labelled)
     transient = table.widest.at(setting.worst)
     for _ in range(8):
         mask = sum(1 << bit for bit in draw.sample(case.candidates, draw.randint(1, len(case.candidates))))
@@ -363,6 +386,8 @@ def test_the_case_agrees_with_traced_tables(family: str) -> None:
     for _ in range(10):
         problem = problem_of(table, draw, draw.choice((1, 4)))
         names = draw.sample([weight.name for weight in table.weights], 5)
+        shapes = tuple(dataclasses.replace(shape, labelled=draw.randint(1, 40)) for shape in problem.shapes)
+        problem = dataclasses.replace(problem, shapes=shapes)
         problem = dataclasses.replace(
             problem, head_rows=draw.choice(((None,), (50,))), around=Surroundings(10**6, tuple(names))
         )

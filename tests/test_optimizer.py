@@ -9,12 +9,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from edgegt.cache import cache_dir
 from edgegt.errors import EdgegtError
 from edgegt.memory import SMALL_TENSOR
+from edgegt.native import Kernels, compiler_words, library
 from edgegt.optimizer import AdamW, Moments, clip, clip_together, eight_bit_works, round_into, schedule
 
 CPU = torch.device("cpu")
-needs_8bit = pytest.mark.skipif(eight_bit_works(CPU) is not None, reason="bitsandbytes' 8-bit AdamW does not run here")
+COMPILED = Kernels(library(cache_dir())) if compiler_words() else None
+KERNELS = [
+    pytest.param(
+        None,
+        id="bitsandbytes",
+        marks=pytest.mark.skipif(eight_bit_works(CPU) is not None, reason="its 8-bit AdamW does not run here"),
+    ),
+    pytest.param(
+        COMPILED, id="compiled", marks=pytest.mark.skipif(COMPILED is None, reason="no C compiler here"),
+    ),
+]  # fmt: skip
+by_either = pytest.mark.parametrize("kernels", KERNELS)
+EIGHT_BIT_OR_NOT = pytest.mark.parametrize(
+    ("eight_bit", "kernels"),
+    [pytest.param(False, None, id="float"), *(pytest.param(True, *p.values, id=p.id, marks=p.marks) for p in KERNELS)],
+)
 
 
 def gradients(shape: tuple[int, ...], count: int, seed: int = 1) -> list[torch.Tensor]:
@@ -41,20 +58,20 @@ def test_ten_float_steps_are_torchs(shape: tuple[int, ...], weight_decay: float)
     torch.testing.assert_close(ours, reference.detach(), rtol=1e-6, atol=1e-6)
 
 
-@needs_8bit
+@by_either
 @pytest.mark.parametrize("shape", [(64, 64), (300, 301), (70_001,)])
-def test_8_bit_steps_are_close_to_float_steps(shape: tuple[int, ...]) -> None:
+def test_8_bit_steps_are_close_to_float_steps(shape: tuple[int, ...], kernels: Kernels | None) -> None:
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    optimizer = AdamW(True, 0.01)
+    optimizer = AdamW(True, 0.01, kernels=kernels)
     ours, theirs = trained(optimizer, shape, 10), trained(AdamW(False, 0.01), shape, 10)
     assert optimizer.states["w"].first.dtype == torch.uint8
     assert float((ours - theirs).norm() / (theirs - start).norm()) < 0.1
     assert bool(torch.isfinite(ours).all())
 
 
-@needs_8bit
-def test_8_bit_states_take_two_bytes_per_element_and_small_tensors_stay_float() -> None:
-    optimizer = AdamW(True)
+@by_either
+def test_8_bit_states_take_two_bytes_per_element_and_small_tensors_stay_float(kernels: Kernels | None) -> None:
+    optimizer = AdamW(True, kernels=kernels)
     for name, count in (("large", 16 * SMALL_TENSOR), ("small", SMALL_TENSOR - 1)):
         optimizer.update(name, torch.zeros(count), torch.ones(count), 1e-3)
     large = optimizer.states["large"].tensors()
@@ -63,13 +80,13 @@ def test_8_bit_states_take_two_bytes_per_element_and_small_tensors_stay_float() 
     assert optimizer.states["small"].absmax1 is None
 
 
-@pytest.mark.parametrize("eight_bit", [False, pytest.param(True, marks=needs_8bit)])
-def test_states_survive_a_file_bit_for_bit(eight_bit: bool, tmp_path: Path) -> None:
+@EIGHT_BIT_OR_NOT
+def test_states_survive_a_file_bit_for_bit(eight_bit: bool, kernels: Kernels | None, tmp_path: Path) -> None:
     shape = (90, 91)
-    straight = AdamW(eight_bit)
+    straight = AdamW(eight_bit, kernels=kernels)
     there = trained(straight, shape, 3)
     save_file(straight.states["w"].tensors(), str(tmp_path / "state.safetensors"))
-    again = AdamW(eight_bit)
+    again = AdamW(eight_bit, kernels=kernels)
     again.states["w"] = Moments.from_tensors(load_file(str(tmp_path / "state.safetensors")))
     assert again.states["w"].step == 3
     here = there.clone()
@@ -81,7 +98,35 @@ def test_states_survive_a_file_bit_for_bit(eight_bit: bool, tmp_path: Path) -> N
         assert torch.equal(value, again.states["w"].tensors()[key]), key
 
 
-EIGHT_BIT_OR_NOT = pytest.mark.parametrize("eight_bit", [False, pytest.param(True, marks=needs_8bit)])
+def after_heavy_tails(optimizer: AdamW, count: int = 8192) -> torch.Tensor:
+    """The weights after 300 steps of gradients whose sizes span orders of magnitude and fall tenfold at the end."""
+    draw = torch.Generator().manual_seed(0)
+    scale = torch.exp(2 * torch.randn(count, generator=draw))
+    mean, weights = 0.3 * scale * torch.randn(count, generator=draw).sign(), torch.zeros(count)
+    for step in range(300):
+        gradient = mean + scale * torch.randn(count, generator=draw)
+        optimizer.update("w", weights, gradient * (1 if step < 200 else 0.1), 1e-3)
+    return weights
+
+
+@pytest.mark.skipif(COMPILED is None, reason="no C compiler here")
+def test_compiled_8_bit_weights_stay_near_float_ones_over_many_steps() -> None:
+    expected, found = after_heavy_tails(AdamW(False)), after_heavy_tails(AdamW(True, kernels=COMPILED))
+    assert float((found - expected).norm() / expected.norm()) < 0.2
+    assert torch.equal(after_heavy_tails(AdamW(True, kernels=COMPILED)), found)
+    other = after_heavy_tails(AdamW(True, seed=1, kernels=COMPILED))
+    assert not torch.equal(other, found) and float((other - expected).norm() / expected.norm()) < 0.2
+
+
+@pytest.mark.skipif(COMPILED is None, reason="no C compiler here")
+def test_compiled_8_bit_steps_stand_extremes() -> None:
+    gradient = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-44, 15, 5000)
+    gradient[::7] = 0
+    optimizer, weights = AdamW(True, kernels=COMPILED), torch.zeros(5000)
+    for sign in (1, 0, -1, 1):
+        optimizer.update("w", weights, sign * gradient, 1e-3)
+    assert bool(torch.isfinite(weights).all()) and bool((weights[::7] == 0).all())
+    assert float(weights.abs().max()) < 4 * 1e-2
 
 
 def test_random_rounding_gives_a_neighbour_and_the_mean_is_the_value() -> None:
@@ -100,10 +145,10 @@ def test_random_rounding_gives_a_neighbour_and_the_mean_is_the_value() -> None:
 
 
 @EIGHT_BIT_OR_NOT
-def test_a_bfloat16_tensor_keeps_updates_far_below_its_last_bit(eight_bit: bool) -> None:
+def test_a_bfloat16_tensor_keeps_updates_far_below_its_last_bit(eight_bit: bool, kernels: Kernels | None) -> None:
     # At 1.5 the last bit is 2**-7 and an update of 1e-4 is a 78th of it: rounding to nearest would never move.
     parameter = torch.full((300, 300), 1.5, dtype=torch.bfloat16)
-    optimizer = AdamW(eight_bit)
+    optimizer = AdamW(eight_bit, kernels=kernels)
     for _ in range(20):
         optimizer.update("w", parameter, torch.ones(300, 300), 1e-4)
     assert float(parameter.double().mean()) == pytest.approx(1.5 - 20e-4, rel=0, abs=1e-4)
@@ -111,11 +156,11 @@ def test_a_bfloat16_tensor_keeps_updates_far_below_its_last_bit(eight_bit: bool)
 
 
 @EIGHT_BIT_OR_NOT
-def test_bfloat16_steps_are_float_steps_but_for_the_rounding(eight_bit: bool) -> None:
+def test_bfloat16_steps_are_float_steps_but_for_the_rounding(eight_bit: bool, kernels: Kernels | None) -> None:
     start = torch.randn(300, 301, generator=torch.Generator().manual_seed(0)).bfloat16()
     ends = []
     for parameter in (start.clone(), start.float()):
-        optimizer = AdamW(eight_bit, 0.01)
+        optimizer = AdamW(eight_bit, 0.01, kernels=kernels)
         for gradient in gradients((300, 301), 10):
             optimizer.update("w", parameter, gradient, 1e-2)
         ends.append(parameter.float())

@@ -23,8 +23,7 @@ from edgegt.quant import (
     dequantize,
     quantize_rows,
 )
-from edgegt.quant.backend import check
-from edgegt.quant.linear import weight_gradient
+from edgegt.quant.backend import check, weight_gradient
 from edgegt.quant.torch_backend import TorchBackend
 
 SHAPES = [(800, 256, 688), (64, 64, 1536), (33, 67, 129), (1, 96, 40)]
@@ -307,14 +306,14 @@ def test_its_products_alone_are_those_of_autograd(backend: Backend, device: torc
     assert torch.equal(layer.logits(q, scale), y)
     assert torch.equal(layer.input_gradient(dy), x.grad)
     assert torch.equal(layer.master_gradient(dy, q, scale), layer.master.grad)
-    dw = layer.master_gradient(dy, q, scale)
+    dw = weight_gradient(dy, q, scale)  # in float32
     assert snr_db(layer.master.grad, dw) > 36
     total = torch.ones_like(dw)
     for part in (slice(20), slice(20, None)):
         assert layer.master_gradient(dy[part], q[part], scale[part], total) is total
-    torch.testing.assert_close(total, dw + 1, rtol=1e-5, atol=1e-5)
+    assert snr_db(total - 1, dw) > 36
     one = 2 * 50 * 96 * 64
-    assert meter.flops == {"forward": one, "low_plane": one, "dx": one, "dw": 3 * one}
+    assert meter.flops == {"forward": one, "low_plane": one, "dx": one, "dw": 2 * one}
 
 
 def test_a_bfloat16_master_has_a_float32_gradient(backend: Backend, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgegt.data import Batch
 from edgegt.errors import EdgegtError
-from edgegt.flops import FlopMeter, _capped_attention, attach, register_attention
+from edgegt.flops import FlopMeter, _additive_mask, _capped_attention, attach, register_attention
 from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW
@@ -75,10 +75,18 @@ class Run:
         return {name: parameter.detach().clone() for name, parameter in trainables.live.items()}
 
 
+class ByEachRow(ReferenceBackend):
+    """Rounds a row as it would alone: integer dw goes by the largest of a column, even rounding by a row's place."""
+
+    def quantize_tokens(
+        self, x: torch.Tensor, columns: torch.Tensor | None = None, evenly: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().quantize_tokens(x, columns)
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 def test_micro_batches_give_what_one_batch_gives(micro_batch: int, folder: Path) -> None:
-    # float products: the integer dw rounds by the largest of the rows that are together
-    whole, parts = (Run(folder, [UP, NORM, HEAD], name, ReferenceBackend()) for name in ("whole", "parts"))
+    whole, parts = (Run(folder, [UP, NORM, HEAD], name, ByEachRow()) for name in ("whole", "parts"))
     batch = batch_of(8)
     start = {name: parameter.detach().clone() for name, parameter in whole.trainables.live.items()}
     expected, found = whole.train([batch], 8), parts.train([batch], micro_batch)
@@ -91,7 +99,7 @@ def test_micro_batches_give_what_one_batch_gives(micro_batch: int, folder: Path)
 
 
 def test_a_gradient_applied_in_backward_is_the_accumulated_one(folder: Path) -> None:
-    fused, kept = Run(folder, [UP], "fused"), Run(folder, [UP], "kept")
+    fused, kept = (Run(folder, [UP], name, ByEachRow()) for name in ("fused", "kept"))
     batches = [batch_of(6, seed) for seed in range(3)]
     # clipping acts per tensor in both ways when there is one tensor
     expected = fused.train(batches, 6, clip_to=0.01)
@@ -261,3 +269,30 @@ def test_capped_attention_of_one_query_sees_every_key_before_it() -> None:
     whole = _capped_attention(query, key, value, None, 5.0, None)
     last = _capped_attention(query[:, :, -1:], key, value, None, 5.0, None)
     torch.testing.assert_close(last, whole[:, -1:])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2"])
+def test_the_additive_mask_is_the_boolean_one(family: str) -> None:
+    """Left padding leaves rows that attend to nothing: their numbers mean nothing, but they are numbers."""
+    ours, theirs = float_model(FAMILIES[family](), register_attention()), float_model(FAMILIES[family](), None)
+    if family == "gemma2":  # capped scores, which transformers' SDPA leaves out
+        theirs = float_model(FAMILIES[family]())
+    ours.load_state_dict(theirs.state_dict())
+    batch = batch_of(5)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    with torch.no_grad():
+        found, expected = (model(**inputs, use_cache=False).logits for model in (ours, theirs))
+    seen = batch.attention_mask.bool()
+    assert not bool(seen.all()), "the batch has padding"
+    torch.testing.assert_close(found[seen], expected[seen], rtol=1e-5, atol=1e-6)
+    assert bool(torch.isfinite(found).all())
+
+
+def test_the_additive_mask_is_zero_where_attention_goes() -> None:
+    from transformers.masking_utils import sdpa_mask
+
+    options = {"batch_size": 2, "q_length": 5, "kv_length": 5, "device": CPU, "allow_is_causal_skip": False}
+    boolean, mask = sdpa_mask(**options), _additive_mask(**options)
+    assert boolean is not None and boolean.dtype == torch.bool
+    assert mask is not None and mask.dtype == torch.float32 and bool(torch.isfinite(mask).all())
+    assert torch.equal(mask == 0, boolean) and bool((mask[~boolean] == torch.finfo(torch.float32).min).all())

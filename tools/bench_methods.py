@@ -175,8 +175,8 @@ def edgegt_row(bench: Bench, name: str, config: Any, memory: int) -> tuple[Row, 
         "flops_ratio": flops / run["full_flops"], "used_of_budget": flops / run["budget"]["flops"],
         "step_flops_ratio": per_step * total / run["full_flops"], "selected": len(plan["selected"]),
         "memory_budget": memory, "head_rows": plan["head_rows"], "micro_batch": plan["micro_batch"],
-        "recomputed": len(plan["recompute"]), "head_trained": bool({*heads} & {*plan["selected"]}), "fallbacks": run["fallbacks"],
-        "backend": run["backend"],
+        "recomputed": len(plan["recompute"]), "head_trained": bool({*heads} & {*plan["selected"]}),
+        "fallbacks": run["fallbacks"], "backend": run["backend"],
     }  # fmt: skip
     blocks = {weight["name"].removesuffix(".weight"): weight["block"] for weight in costs["weights"]}
     return row, plan_products(bench, config, plan, heads[0], blocks)
