@@ -13,9 +13,9 @@ number of threads: peers as bench_peers says, edgegt as `python -m edgegt run` f
     others         processors that other programs took meanwhile, on average
 
 edgegt's memory budget is 0.35 of what full took and 0.5 of lora-8bit, the less of both, where these ran first, else
-most of what is available. Checked is that edgegt uses 95 % of the FLOPs it may use and trains the head, and that the machine was at rest: methods
-run one after the other, so that load which comes and goes favours some of them. Exit code 1 when one of these does not
-hold, or when a method did not run: its row says why, and the others go on.
+most of what is available. Checked is that edgegt uses 95 % of the FLOPs it may use and trains the head, and that the
+machine was at rest: methods run one after the other, so that load which comes and goes favours some. Exit code 1 when
+one of these does not hold, or when a method did not run: its row says why, and the others go on.
 
     python tools/bench.py --shape smollm2-135m --json bench.json
     python tools/bench.py --shape base-7m --model DIR

@@ -56,7 +56,10 @@ def allocator(folder: Path) -> Any:
 
 def compiler_words(variable: str = "CC") -> list[str]:
     """The command of the compiler, with its options in $CC (or $CXX) if it is named there; empty when there is none."""
-    given = shlex.split(os.environ.get(variable, ""))
+    try:
+        given = shlex.split(os.environ.get(variable, ""))
+    except ValueError:  # a quotation that does not end
+        given = []
     known = (given, *([name] for name in COMPILERS[variable]))
     return next((words for words in known if words and shutil.which(words[0])), [])
 
