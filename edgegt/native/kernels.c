@@ -246,11 +246,13 @@ API void rotate(const float *x, int64_t row_stride, int64_t head_stride, const f
             const float *in = x + row * row_stride + head * head_stride;
             float *out = y + (row * heads + head) * d;
             if (back) {
+#pragma omp simd
                 for (int64_t i = 0; i < half; i++) {
                     out[i] = in[i] * c[i] + in[half + i] * s[half + i];
                     out[half + i] = in[half + i] * c[half + i] - in[i] * s[i];
                 }
             } else {
+#pragma omp simd
                 for (int64_t i = 0; i < half; i++) {
                     out[i] = in[i] * c[i] - in[half + i] * s[i];
                     out[half + i] = in[half + i] * c[half + i] + in[i] * s[half + i];
@@ -290,7 +292,7 @@ API void adamw_8bit(float *w, const float *g, uint8_t *first, uint8_t *second, f
     ROWS(threads)
     for (int64_t block = 0; block < (n + BLOCK - 1) / BLOCK; block++) {
         int64_t start = block * BLOCK, size = n - start < BLOCK ? n - start : BLOCK;
-        float m[BLOCK], r[BLOCK], top1 = 0.0f, top2 = 0.0f, old1 = largest1[block], old2 = largest2[block];
+        float m[BLOCK], r[BLOCK], old1 = largest1[block], old2 = largest2[block];
         for (int64_t i = 0; i < size; i++) {
             int32_t a = first[start + i], b = second[start + i];
             float mean = (a & 127) ? decoded(a & 127, 20, 127) * old1 : 0.0f;
@@ -302,11 +304,13 @@ API void adamw_8bit(float *w, const float *g, uint8_t *first, uint8_t *second, f
             m[i] = mean;
             r[i] = root;
         }
+        uint32_t most1 = 0, most2 = 0;
         for (int64_t i = 0; i < size; i++) {
-            float mean = fabsf(m[i]);
-            top1 = mean > top1 ? mean : top1;
-            top2 = r[i] > top2 ? r[i] : top2;
+            uint32_t mean = magnitude(m[i]), root = magnitude(r[i]);
+            most1 = mean > most1 ? mean : most1;
+            most2 = root > most2 ? root : most2;
         }
+        float top1 = of_bits(most1), top2 = of_bits(most2);
         largest1[block] = top1;
         largest2[block] = top2;
         float inverse1 = top1 > 0.0f ? 1.0f / top1 : 0.0f, inverse2 = top2 > 0.0f ? 1.0f / top2 : 0.0f;
