@@ -27,8 +27,9 @@ from edgegt.quant.weight import LOW_STEPS, Int8Weight, absmax, refresh_planes, r
 
 TOKEN_ELEMENTS = 2**20
 DW_TOKENS = 1024
-# 2^32 divided by the golden ratio and by the plastic number: multiples of them fill [0, 2^32) evenly.
-GOLDEN, PLASTIC = 2654435769, 3242174889
+EVEN_ELEMENTS = 2**17
+# 2^32 divided by the golden ratio and by the plastic number, as signed: multiples of them fill the 32 bits evenly.
+GOLDEN, PLASTIC = 2654435769 - 2**32, 3242174889 - 2**32
 SMALLEST_TOKEN_SCALE = 2.0**-100
 AGREEMENT = 1e-3
 ROUNDING = 0.02
@@ -100,7 +101,7 @@ def quantize_tokens(x: Tensor, columns: Tensor | None = None, evenly: bool = Fal
     """Per-row absmax quantisation in torch, at most 4 MiB of float32 at a time. NaN and infinity end in the scale."""
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    for rows in row_chunks(x, elements=TOKEN_ELEMENTS):
+    for rows in row_chunks(x, elements=EVEN_ELEMENTS if evenly else TOKEN_ELEMENTS):
         part = x[rows].to(torch.float32)
         if columns is not None:
             part = part * columns
@@ -114,9 +115,9 @@ def quantize_tokens(x: Tensor, columns: Tensor | None = None, evenly: bool = Fal
 
 def _turns(rows: slice, x: Tensor) -> Tensor:
     """Where a value between two steps starts, in [0, 1), for these rows of x: even along each row and each column."""
-    row = torch.arange(x.shape[0], device=x.device)[rows].mul_(GOLDEN).remainder_(2**32)
-    column = torch.arange(x.shape[1], device=x.device).mul_(PLASTIC).remainder_(2**32)
-    turns = (row.unsqueeze(1) + column).remainder_(2**32).bitwise_right_shift_(8)
+    row = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)[rows].mul_(GOLDEN)
+    column = torch.arange(x.shape[1], device=x.device, dtype=torch.int32).mul_(PLASTIC)
+    turns = (row.unsqueeze(1) + column).bitwise_right_shift_(8).bitwise_and_(2**24 - 1)
     return turns.to(torch.float32).mul_(2.0**-24)
 
 
@@ -135,7 +136,7 @@ def quantize_columns(x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return torch.empty(x.shape, dtype=torch.int8, device=x.device), torch.zeros(x.shape[1], device=x.device)
     part = x.to(torch.float32) * tokens.unsqueeze(1)
     scale = absmax(part.t()).div_(127).clamp_min_(SMALLEST_TOKEN_SCALE)
-    for rows in row_chunks(part, elements=TOKEN_ELEMENTS):
+    for rows in row_chunks(part, elements=EVEN_ELEMENTS):
         part[rows].mul_(scale.reciprocal()).add_(_turns(rows, x)).floor_()
     return part.clamp_(-127, 127).to(torch.int8), scale
 
