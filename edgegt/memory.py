@@ -5,7 +5,8 @@ when backward begins, where the widest product runs and a gradient is formed; or
 where what the layers above it kept is gone. All three are planned.
 
     floor        interpreter, libraries, tokenised data: what the process holds before the model
-    libraries    code, kernels and threads loaded on first use, after the floor was measured
+    libraries    code, kernels and threads loaded on first use, after the floor was measured; and, with accumulation,
+                 what the heap keeps between micro-batches
     base         the int8 model with its scales, norms and biases (counted whole: mapped pages become resident)
     masters      float masters of the trained tensors
     planes       their two int8 planes, from which their products are computed
@@ -33,12 +34,13 @@ from edgegt.units import MIB
 
 PLANE_BYTES = 2
 GRADIENT_BYTES = 4
-LOGIT_BYTES = 9
+LOGIT_BYTES = 8.5
 HIDDEN_BYTES = 13
 SMALL_TENSOR = 4096
 SLACK_SHARE = 0.02
 SLACK_BYTES = 6 * MIB
-LIBRARY_BYTES = 18 * MIB
+LIBRARY_BYTES = 31 * MIB // 2
+HEAP_BYTES = 5 * MIB
 FRAGMENTS_PERCENT = 20
 HOLES_PERCENT = 25
 MAPPED_ELEMENTS = MAPPED_BYTES = 2**18
@@ -141,7 +143,7 @@ def logit_bytes(table: CostTable, shape: BatchShape, vocabulary: int, labelled: 
     """
     positions = shape.rows * shape.kept
     chunk = chunk_positions(vocabulary, labelled or positions)
-    return LOGIT_BYTES * vocabulary * chunk + HIDDEN_BYTES * positions * _width(table)
+    return int(LOGIT_BYTES * vocabulary * chunk) + HIDDEN_BYTES * positions * _width(table)
 
 
 def passing_bytes(table: CostTable, around: Surroundings, setting: Setting) -> tuple[int, int]:
@@ -209,11 +211,16 @@ def _fixed_terms(table: CostTable, around: Surroundings, setting: Setting) -> di
     logits, transient = passing_bytes(table, around, setting)
     return {
         "floor": around.floor_bytes,
-        "libraries": LIBRARY_BYTES,
+        "libraries": library_bytes(setting.accumulate),
         "base": table.base_bytes,
         "logits": logits if logits >= transient else 0,
         "transient": transient if transient > logits else 0,
     }
+
+
+def library_bytes(accumulate: bool) -> int:
+    """Bytes that are loaded or kept whatever is trained, beside the floor and the model."""
+    return LIBRARY_BYTES + (HEAP_BYTES if accumulate else 0)
 
 
 def slack_bytes(terms: dict[str, int]) -> int:

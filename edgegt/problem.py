@@ -12,13 +12,13 @@ from edgegt.case import Case, Costs, Kept, Layer, bits
 from edgegt.cost import BatchShape, CostTable, Totals
 from edgegt.errors import InputError
 from edgegt.memory import (
-    LIBRARY_BYTES,
     Formats,
     Setting,
     Surroundings,
     fragment_bytes,
     gradient_bytes,
     kept_bytes,
+    library_bytes,
     passing_bytes,
     peak_terms,
     plane_bytes,
@@ -248,7 +248,8 @@ class _Builder:
     def _left(self) -> Costs:
         problem, table = self.problem, self.table
         resting = set(problem.around.demoted)
-        room = problem.memory_bytes - problem.around.floor_bytes - LIBRARY_BYTES - table.base_bytes
+        room = problem.memory_bytes - problem.around.floor_bytes - table.base_bytes
+        room -= library_bytes(self.setting.accumulate)
         room = _without_slack(room) - sum(plane_bytes(weight) for weight in table.weights if weight.name in resting)
         logits, transient = passing_bytes(table, problem.around, self.setting)
         flops = problem.flops - table.forward.over(problem.totals)

@@ -43,6 +43,17 @@ class Source:
         except SafetensorError as error:
             raise InputError(f"{path}: '{name}' cannot be read ({error}): fetch the model again") from error
 
+    def rows(self, name: str) -> int:
+        """Rows of one tensor, 1 of a scalar, without reading it. Raises: as `tensor`."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(self.files[name]), framework="pt") as handle:
+                shape = handle.get_slice(name).get_shape()
+        except SafetensorError as error:
+            raise InputError(f"{self.files[name]}: '{name}' cannot be read ({error}): fetch the model again") from error
+        return int(shape[0]) if shape else 1
+
     def row_parts(self, name: str, elements: int) -> Iterator[Any]:
         """One tensor as stored, `elements` or fewer at a time by rows (at least one); pages read before are let go.
 

@@ -1,7 +1,7 @@
 """The base store: a model on disk in int8, one safetensors file per block, made once and then memory-mapped.
 
 It replaces quantising at every start. The float tensors are read one by one, so the float model never exists as a
-whole: the peak is 2**24 float elements of a tensor beside its int8 form. A matrix becomes `<name>.q` (int8, [out, in])
+whole: the peak is 2**23 float elements of a tensor beside its int8 form. A matrix becomes `<name>.q` (int8, [out, in])
 and `<name>.scale` (bfloat16, [out]); a norm or bias stays float32. Stores live in the user's cache under the model's
 fingerprint.
 """
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from edgegt.errors import InputError
+from edgegt.process import trim
 from edgegt.source import Source
 
 FORMAT = 1
-PART_ELEMENTS = 2**24
+PART_ELEMENTS = 2**23
 WHOLE = 1 << 62
 _OUR_FOLDER = re.compile(r"[0-9a-f]{32}(\.\d+\.partial)?")
 _OUR_FILES = ("backend.json", "fingerprints.json")
@@ -147,6 +148,8 @@ def _write(source: Source, entries: Iterable[Entry], folder: Path) -> dict[str, 
         file = "below.safetensors" if block < 0 else f"block-{block:03d}.safetensors"
         save_file(tensors, str(folder / file))
         files.update(dict.fromkeys(tensors, file))
+        tensors.clear()
+        trim()
     return files
 
 
@@ -155,7 +158,8 @@ def _converted(source: Source, entry: Entry) -> dict[str, Any]:
 
     from edgegt.quant import quantize_rows
 
-    parts: list[Any] = []
+    q = scales = None
+    first = 0
     for tensor in source.row_parts(entry.stored_as, PART_ELEMENTS if entry.int8 and not entry.transposed else WHOLE):
         if not tensor.is_floating_point():
             problem = f"'{entry.stored_as}' is stored as {tensor.dtype}"
@@ -163,18 +167,16 @@ def _converted(source: Source, entry: Entry) -> dict[str, Any]:
         if not entry.int8:
             return {entry.name: tensor.to(torch.float32).clone()}
         try:
-            parts.append(quantize_rows(tensor.t().contiguous() if entry.transposed else tensor))
+            part = quantize_rows(tensor.t().contiguous() if entry.transposed else tensor)
         except InputError as error:
             raise InputError(f"'{entry.stored_as}' cannot be used: {error}") from error
-    if len(parts) == 1:
-        return {f"{entry.name}.q": parts[0].q, f"{entry.name}.scale": parts[0].scale}
-    scales = torch.cat([part.scale for part in parts])
-    q = torch.empty(scales.shape[0], parts[0].q.shape[1], dtype=torch.int8)
-    first = 0
-    while parts:
-        rows = parts.pop(0).q
-        q[first : first + rows.shape[0]] = rows
-        first += rows.shape[0]
+        rows = part.shape[0]
+        if q is None or scales is None:
+            count = rows if entry.transposed else source.rows(entry.stored_as)
+            q = torch.empty(count, part.shape[1], dtype=torch.int8)
+            scales = torch.empty(count, dtype=part.scale.dtype)
+        q[first : first + rows], scales[first : first + rows] = part.q, part.scale
+        first += rows
     return {f"{entry.name}.q": q, f"{entry.name}.scale": scales}
 
 

@@ -25,6 +25,7 @@ from edgegt.memory import (
     Surroundings,
     fixed_terms,
     gradient_bytes,
+    library_bytes,
     logit_bytes,
     master_bytes,
     most_labelled,
@@ -46,7 +47,7 @@ from tiny_models import FAMILIES, TRACED_ONLY
 VOCABULARY = 300
 WORST = BatchShape(rows=2, tokens=10, kept=4)
 AROUND = Surroundings(10**6)
-LOGITS = LOGIT_BYTES * 2 * 4 * VOCABULARY + HIDDEN_BYTES * 2 * 4 * 64
+LOGITS = int(LOGIT_BYTES * 2 * 4 * VOCABULARY) + HIDDEN_BYTES * 2 * 4 * 64
 NAMES = ("matrix", "norm", "tall", "head")
 HALF = Formats("bfloat16", "8-bit")
 FULL = Formats("float32", "float32")
@@ -219,7 +220,9 @@ def test_accumulated_gradients_are_all_there_beside_the_one_being_formed() -> No
         for selected in itertools.combinations(NAMES, count):
             fused, accumulated = (terms_of(selected, accumulate=accumulate) for accumulate in (False, True))
             assert accumulated["gradients"] - fused["gradients"] == 4 * sum(numel[name] for name in selected)
-            assert {key for key in fused if fused[key] != accumulated[key]} == {"gradients", "fragments", "slack"}
+            assert {key for key in fused if fused[key] != accumulated[key]} == {
+        "gradients", "fragments", "libraries", "slack",
+    }  # fmt: skip
 
 
 def test_choosing_nothing_holds_what_stays() -> None:
@@ -358,7 +361,7 @@ def assert_the_case_agrees(problem: Problem, draw: random.Random) -> None:
     way = draw.choice(problem.ways())
     case, table, setting = case_of(problem, way), problem.table_of(way), problem.setting(way)
     resting = sum(plane_bytes(weight) for weight in table.weights if weight.name in problem.around.demoted)
-    fixed = problem.around.floor_bytes + LIBRARY_BYTES + table.base_bytes + resting
+    fixed = problem.around.floor_bytes + library_bytes(setting.accumulate) + table.base_bytes + resting
     logits = logit_bytes(table, setting.worst, problem.vocabulary, setting.labelled)
     transient = table.widest.at(setting.worst)
     for _ in range(8):
