@@ -34,6 +34,7 @@ RHOS = {"edgegt-0.5": 0.5, "edgegt-0.36": 0.36}
 NAMES = (*METHODS, *RHOS)
 DEVICE = "laptop-x86-16gb"
 MEMORY_SHARE = 0.9
+LEAST_BYTES = 600 * 2**20
 SHARES = {"full": 0.35, "lora-8bit": 0.5}  # of these peers' peaks, the less of both, is edgegt's budget
 POLL_S = 0.1
 Row = dict[str, Any]
@@ -89,12 +90,16 @@ def run_peer(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def memory_for_edgegt(rows: Sequence[Row]) -> int:
-    """edgegt's budget in bytes: shares of what peers took if they are here, else most of what is available."""
+    """edgegt's budget in bytes: shares of what peers took if they are here, else most of what is available.
+
+    Of a small model's peers the shares are less than the interpreter and its libraries: they do not count then.
+    """
     import psutil
 
     peaks = {row["name"]: row["peak_bytes"] for row in rows if "problem" not in row}
     asked = [int(share * peaks[name]) for name, share in SHARES.items() if name in peaks]
-    return min(asked, default=int(MEMORY_SHARE * psutil.virtual_memory().available))
+    share = min(asked, default=0)
+    return share if share > LEAST_BYTES else int(MEMORY_SHARE * psutil.virtual_memory().available)
 
 
 def run_edgegt(bench: Bench, name: str, memory: int) -> Path:
