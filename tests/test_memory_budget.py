@@ -32,8 +32,9 @@ def smallest(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     @functools.cache
     def named(name: str) -> int:
         folder = tmp_path_factory.mktemp("refused") / "run"
-        done = runs.edgegt(runs.words(folder, *LIGHT, "--memory", "100MiB", model=MODELS[name]), cache)
-        assert done.returncode == 2, done.stderr
+        for _ in range(2):  # the first process compiles kernels and tries every backend: its floor is higher
+            done = runs.edgegt(runs.words(folder, *LIGHT, "--memory", "100MiB", model=MODELS[name]), cache)
+            assert done.returncode == 2, done.stderr
         assert not folder.exists()
         found = re.search(r"smallest budget that would do is (\d+) MiB", done.stderr)
         assert found is not None, done.stderr
