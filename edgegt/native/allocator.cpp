@@ -1,9 +1,10 @@
 /* Memory of torch's large tensors on the CPU, used again instead of given back and asked for anew.
 
    Freed memory leaves the process (see edgegt/process.py), which keeps peaks small and predictable; but each new tensor
-   then costs page faults, as much time as the arithmetic on it. A step makes tensors of few sizes that come again in
-   every layer, so a freed block waits here for the next tensor of its size. Never more is held than was in use at
-   once: before that would be so, everything that is free leaves the process. */
+   then costs page faults, as much time as the arithmetic on it. So freed memory waits here for the next tensor: the
+   smallest free range that holds it is split, and neighbours that are free become one. Never more is held than was in
+   use at once: before that would be so, other free memory leaves the process, the largest range of it as part of the
+   new one where the kernel can give a range another size. */
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -13,10 +14,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
+#include <map>
 #include <mutex>
-#include <new>
+#include <set>
+#include <tuple>
 #include <unordered_map>
-#include <vector>
+#include <utility>
 
 namespace {
 
@@ -26,40 +30,83 @@ constexpr size_t kHuge = size_t{1} << 21;
 
 struct Blocks {
     std::mutex mutex;
-    std::unordered_map<size_t, std::vector<void*>> free;
+    std::map<char*, size_t> free;                    // ranges by address, no two of them side by side
+    std::set<std::pair<size_t, char*>> by_size;      // the same
     std::unordered_map<void*, size_t> lent;
     size_t held = 0, used = 0, most = 0;
 
+    void put(char* start, size_t size) {
+        free.emplace(start, size);
+        by_size.emplace(size, start);
+    }
+
+    void remove(char* start, size_t size) {
+        free.erase(start);
+        by_size.erase({size, start});
+    }
+
     void drop() {
-        for (auto& [size, blocks] : free)
-            for (void* block : blocks) {
-                munmap(block, size);
-                held -= size;
-            }
+        for (auto& [start, size] : free) {
+            munmap(start, size);
+            held -= size;
+        }
         free.clear();
+        by_size.clear();
+    }
+
+    // A free range of at least this size, the rest of which stays free; null when there is none.
+    char* fitting(size_t size) {
+        auto found = by_size.lower_bound({size, nullptr});
+        if (found == by_size.end()) return nullptr;
+        auto [whole, start] = *found;
+        remove(start, whole);
+        if (whole > size) put(start + size, whole - size);
+        return start;
+    }
+
+    // New memory; no free range is as large. What is held stays within its bound.
+    char* fresh(size_t size) {
+        const size_t bound = std::max(most, used + size);
+        char* grown = nullptr;
+        size_t before = 0;
+        if (held + size > bound) {
+            std::tie(before, grown) = *by_size.rbegin();
+            remove(grown, before);
+            held -= before;
+        }
+        while (held + size > bound) {
+            auto [largest, start] = *by_size.rbegin();
+            const size_t gone = std::min(largest, held + size - bound);
+            remove(start, largest);
+            munmap(start + largest - gone, gone);
+            held -= gone;
+            if (largest > gone) put(start, largest - gone);
+        }
+        void* block = MAP_FAILED;
+#ifdef MREMAP_MAYMOVE
+        if (grown != nullptr) block = mremap(grown, before, size, MREMAP_MAYMOVE);
+#endif
+        if (block == MAP_FAILED) {
+            if (grown != nullptr) munmap(grown, before);
+            block = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        }
+        if (block == MAP_FAILED) {
+            drop();
+            block = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        }
+        TORCH_CHECK(block != MAP_FAILED, "not enough memory for ", size, " bytes");
+#ifdef MADV_HUGEPAGE
+        if (size >= kHuge) madvise(block, size, MADV_HUGEPAGE);
+#endif
+        held += size;
+        return static_cast<char*>(block);
     }
 
     void* take(size_t count) {
         const size_t size = (count + kPage - 1) / kPage * kPage;
         const std::lock_guard<std::mutex> guard(mutex);
-        void* block = nullptr;
-        auto found = free.find(size);
-        if (found != free.end() && !found->second.empty()) {
-            block = found->second.back();
-            found->second.pop_back();
-        } else {
-            if (held + size > std::max(most, used + size)) drop();
-            block = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-            if (block == MAP_FAILED) {
-                drop();
-                block = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-            }
-            TORCH_CHECK(block != MAP_FAILED, "not enough memory for ", size, " bytes");
-#ifdef MADV_HUGEPAGE
-            if (size >= kHuge) madvise(block, size, MADV_HUGEPAGE);
-#endif
-            held += size;
-        }
+        char* block = fitting(size);
+        if (block == nullptr) block = fresh(size);
         lent[block] = size;
         used += size;
         most = std::max(most, used);
@@ -70,10 +117,26 @@ struct Blocks {
         const std::lock_guard<std::mutex> guard(mutex);
         auto found = lent.find(block);
         if (found == lent.end()) return false;
-        const size_t size = found->second;
+        char* start = static_cast<char*>(block);
+        size_t size = found->second;
         lent.erase(found);
         used -= size;
-        free[size].push_back(block);
+        auto next = free.lower_bound(start);
+        if (next != free.end() && start + size == next->first) {
+            const size_t more = next->second;
+            remove(start + size, more);
+            size += more;
+        }
+        next = free.lower_bound(start);
+        if (next != free.begin()) {
+            auto [earlier, more] = *std::prev(next);
+            if (earlier + more == start) {
+                remove(earlier, more);
+                start = earlier;
+                size += more;
+            }
+        }
+        put(start, size);
         return true;
     }
 };

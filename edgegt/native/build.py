@@ -25,7 +25,7 @@ FOLDER = "native"
 COMPILERS = {"CC": ("cc", "gcc", "clang"), "CXX": ("c++", "g++", "clang++")}
 SHARED = ("-fPIC", "-shared", "-fvisibility=hidden")
 # Without errno and traps, so that rounding and comparisons become vector instructions; nothing that changes a result.
-KERNELS = ("-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *SHARED)
+KERNELS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *SHARED)
 # Clang on macOS has no OpenMP of its own, and some compilers no name for the processor: less is tried in this order.
 FOR_THIS_PROCESSOR = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())
 # The standard that torch's headers need has changed between versions.
@@ -36,11 +36,12 @@ TIMEOUT_S = 60
 
 @cache
 def library(folder: Path) -> Any:
-    """The compiled `kernels.c`, from the folder 'native' of this cache if it is there.
+    """The compiled `kernels.c` and `products.c`, from the folder 'native' of this cache if they are there.
 
     Raises: EdgegtError when there is no compiler or it fails, with what it said.
     """
-    return _built("kernels.c", folder, "CC", KERNELS, FOR_THIS_PROCESSOR, ("-lm",), _processor())
+    sources = ("kernels.c", "products.c")
+    return _built(sources, folder, "CC", KERNELS, FOR_THIS_PROCESSOR, ("-lm",), _processor())
 
 
 @cache
@@ -51,7 +52,8 @@ def allocator(folder: Path) -> Any:
     inside = Path(torch.__file__).parent
     old = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     words = (*ALLOCATOR, old, f"-I{inside / 'include'}")
-    return _built("allocator.cpp", folder, "CXX", words, STANDARDS, (f"-L{inside / 'lib'}", "-lc10"), torch.__version__)
+    libraries = (f"-L{inside / 'lib'}", "-lc10")
+    return _built(("allocator.cpp",), folder, "CXX", words, STANDARDS, libraries, torch.__version__)
 
 
 def compiler_words(variable: str = "CC") -> list[str]:
@@ -65,23 +67,24 @@ def compiler_words(variable: str = "CC") -> list[str]:
 
 
 def _built(
-    name: str, folder: Path, variable: str, options: Sequence[str], variants: Sequence[Sequence[str]],
+    names: Sequence[str], folder: Path, variable: str, options: Sequence[str], variants: Sequence[Sequence[str]],
     libraries: Sequence[str], depends_on: str,
 ) -> Any:  # fmt: skip
-    """The library of one source, by the first variant of options that compiles and loads."""
+    """The library of these sources, by the first variant of options that compiles and loads."""
     compiler = compiler_words(variable)
     if not compiler:
         language = {"CC": "C", "CXX": "C++"}[variable]
         raise EdgegtError(f"no {language} compiler was found ({', '.join(COMPILERS[variable])}, or ${variable})")
-    source = Path(__file__).with_name(name)
-    version = _run([*compiler, "--version"], name).partition("\n")[0]
+    sources = [Path(__file__).with_name(name) for name in names]
+    texts = [source.read_text(encoding="utf-8") for source in sources]
+    version = _run([*compiler, "--version"], names[0]).partition("\n")[0]
     said = ""
     for variant in variants:
-        words = [*compiler, *options, *variant, str(source), *libraries]
-        facts = (source.read_text(encoding="utf-8"), version, *compiler, *options, *variant, depends_on)
+        words = [*compiler, *options, *variant, *map(str, sources), *libraries]
+        facts = (*texts, version, *compiler, *options, *variant, depends_on)
         key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
         try:
-            return _loaded(words, folder / FOLDER / f"{source.stem}-{key}.so", name)
+            return _loaded(words, folder / FOLDER / f"{sources[0].stem}-{key}.so", names[0])
         except (EdgegtError, OSError) as error:
             said = said or str(error)
     raise EdgegtError(said)

@@ -19,6 +19,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rms_norm_back": (_P, _P, _P, _F, _P, _I, _I, _P, _N),
     "silu_mul": (_P, _P, _I, _P, _N),
     "silu_mul_back": (_P, _P, _P, _I, _P, _P, _N),
+    "multiply": (_P, _N, _P, _P, _N, _P, _P, _I, _I, _I, _N, _P, _N),
     "rotate": (_P, _I, _I, _P, _P, _I, _I, _I, _I, _N, _P, _N),
 }
 
@@ -29,15 +30,19 @@ def usable(*tensors: Tensor) -> bool:
 
 
 class Kernels:
-    """The functions of one compiled library, on torch's number of threads."""
+    """The functions of one compiled library, on torch's number of threads.
+
+    products: whether `multiply` knows this processor's dot products of int8.
+    """
 
     def __init__(self, library: Any) -> None:
         self._functions = {}
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes = arguments
-            function.restype = _I if name == "split_planes" else None
+            function.restype = {"split_planes": _I, "multiply": _N}.get(name)
             self._functions[name] = function
+        self.products = bool(library.products())
 
     def quantize_rows(self, x: Tensor, columns: Tensor | None = None, evenly: bool = False) -> tuple[Tensor, Tensor]:
         """(int8 [n, k], float32 scale [n]) of x [n, k], or of x * columns [k]; scale = absmax / 127."""
@@ -61,6 +66,28 @@ class Kernels:
         y = torch.empty(0, dtype=torch.float32)
         y.set_(high.untyped_storage(), high.storage_offset(), high.shape, high.stride())
         self._call("scale_product", high, low, rows, columns, bias, *high.shape, y)
+        return y
+
+    def multiply(
+        self, q: Tensor, scale: Tensor, b: Tensor, columns: Tensor, low: Tensor | None = None
+    ) -> Tensor:
+        """y [n, m] = scale[:, None] * (q (b + low / 254)^T) * columns of int8 q [n, k] and b, low [m, k]."""
+        y = torch.empty(q.shape[0], b.shape[0])
+        low = None if low is None else low.contiguous()
+        self._multiply(q.contiguous(), 0, b.contiguous(), low, 0, scale, columns.contiguous(), *y.shape, q.shape[1], 0, y)
+        return y
+
+    def multiply_back(self, q: Tensor, scale: Tensor, b: Tensor) -> Tensor:
+        """y [n, m] = scale[:, None] * (q b) of int8 q [n, k] and b [k, m]."""
+        y = torch.empty(q.shape[0], b.shape[1])
+        self._multiply(q.contiguous(), 0, b.contiguous(), None, 1, scale, None, *y.shape, q.shape[1], 0, y)
+        return y
+
+    def multiply_turned(self, q: Tensor, scale: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        """y [n, m] = scale[:, None] * (q^T b) of int8 q [k, n] and b [k, m]; added to `out` in place when given."""
+        y = torch.empty(q.shape[1], b.shape[1]) if out is None else out
+        add = int(out is not None)
+        self._multiply(q.contiguous(), 1, b.contiguous(), None, 1, scale, None, *y.shape, q.shape[0], add, y)
         return y
 
     def split_planes(self, master: Tensor, q: Tensor, low: Tensor, scale: Tensor) -> bool:
@@ -115,6 +142,10 @@ class Kernels:
             size, int(back), y,
         )  # fmt: skip
         return y.transpose(1, 2)
+
+    def _multiply(self, *arguments: Any) -> None:
+        if not self._call("multiply", *arguments):
+            raise MemoryError("no memory for a product of int8 matrices")
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call with the addresses of tensors; they outlive the call, since the caller holds them."""

@@ -35,12 +35,23 @@ class NativeBackend(TorchBackend):
         self, q: Tensor, scale: Tensor, weight_q: Tensor, weight_scale: Tensor, low: Tensor | None = None
     ) -> Tensor:
         """y = x W^T, float32 [n, out], from q [n, k] and weight_q [out, k]."""
+        if self.compiled.products:
+            return self.compiled.multiply(q, scale, weight_q, weight_scale, low)
         more = None if low is None else int_mm(q, low.t())
         return self.compiled.scale_product(int_mm(q, weight_q.t()), more, scale, weight_scale, None)
 
     def product_back(self, q: Tensor, scale: Tensor, weight_q: Tensor) -> Tensor:
         """dx = dy W, float32 [n, k], from q [n, out] and weight_q [out, k]."""
+        if self.compiled.products:
+            return self.compiled.multiply_back(q, scale, weight_q)
         return self.compiled.scale_product(int_mm(q, weight_q), None, scale, None, None)
+
+    def weight_gradient(self, dy: Tensor, q: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        """As TorchBackend."""
+        if not self.compiled.products:
+            return super().weight_gradient(dy, q, scale, out)
+        columns, column_scale = self.quantize_columns(dy, scale)
+        return self.compiled.multiply_turned(columns, column_scale, q, out)
 
     def quantize_columns(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """As backend.quantize_columns."""
