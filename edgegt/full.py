@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from edgegt.architecture import is_transposed
+from edgegt.attention import register_attention
 from edgegt.cache import cache_dir
 from edgegt.cost import BatchShape, Work
 from edgegt.data import Batch, collate
 from edgegt.data.batches import IGNORE
 from edgegt.errors import BudgetError
-from edgegt.flops import FlopMeter, attach, register_attention
+from edgegt.flops import FlopMeter, attach
 from edgegt.folder import RunFolder
 from edgegt.log import Log
 from edgegt.memory import LIBRARY_BYTES, slack_bytes, worst_shape

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from edgegt.architecture import head_name
+from edgegt.attention import CAUSAL_NODE
 from edgegt.errors import InputError
 
 NO_LAYER = -1
@@ -146,7 +147,10 @@ class _Reader:
         if kind in _PRODUCTS:
             self._product(node, kind, below, masks)
         elif kind.startswith("ScaledDotProduct"):
-            self._attention(node, masks, union)
+            self._attention(node, node._saved_query, node._saved_key, masks, union)
+        elif kind == CAUSAL_NODE:
+            query, key, *_ = node.saved_tensors
+            self._attention(node, query, key, masks, union)
         elif kind == "MulBackward0":
             self._keep(node, {"_saved_self": masks[1], "_saved_other": masks[0]})
         else:
@@ -179,9 +183,8 @@ class _Reader:
         self.out.paths.append((masks[left], flops))
         self.reads.append((node._sequence_nr(), read.untyped_storage()._cdata, weight))
 
-    def _attention(self, node: Any, masks: list[int], union: int) -> None:
-        query, key = node._saved_query.shape, node._saved_key.shape
-        flops = 2 * prod(query[:-1]) * key[-2] * query[-1]
+    def _attention(self, node: Any, query: torch.Tensor, key: torch.Tensor, masks: list[int], union: int) -> None:
+        flops = 2 * prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
         self._forward(node, 2 * flops)
         q, k, v = masks[:3]
         self.out.paths += [(q, flops), (k, flops), (q | k, flops), (v, flops)]

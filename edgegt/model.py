@@ -17,8 +17,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from edgegt.architecture import block_of, head_name, is_int8, is_linear, is_transposed, layers_of
+from edgegt.attention import register_attention, use_causal
 from edgegt.errors import InputError
-from edgegt.flops import FlopMeter, attach, register_attention
+from edgegt.flops import FlopMeter, attach
 from edgegt.fused import fuse
 from edgegt.head import verify_head
 from edgegt.quant import Backend, InputCache, Int8Embedding, Int8Linear, Int8Weight, dequantize
@@ -89,6 +90,8 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
         raise InputError(f"'{left[0]}' was not filled: the architecture {type(model).__name__} is not supported yet")
     model.to(device).eval().requires_grad_(False)
     fuse(model, backend.kernels)
+    if backend.kernels is not None:
+        use_causal(model, backend.kernels)
     attach(model, meter)
     verify_head(model, linears[head], device)
     by_name = {entry.name: entry for entry in entries}

@@ -71,7 +71,6 @@ class AdamW:
         self.kernels = kernels
         self.eps = 1e-8
         self.states: dict[str, Moments] = {}
-        self._key = 0
         self._maps: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
@@ -83,11 +82,10 @@ class AdamW:
         state = self.states.get(name) or self._fresh(name, parameter)
         state.step += 1
         values, slopes = parameter.view(-1), gradient.reshape(-1)
-        if state.absmax1 is None:
-            step = self._float_step
-        else:
-            step = self._step_bnb if self.kernels is None or values.device.type != "cpu" else self._step_native
-            self._key = self._number(name, state.step)
+        if state.absmax1 is not None and self.kernels is not None and values.device.type == "cpu":
+            self._step_native(self.kernels, state, values, slopes.to(torch.float32), lr, self._number(name, state.step))
+            return
+        step = self._float_step if state.absmax1 is None else self._step_bnb
         rounded = values.dtype == torch.bfloat16
         draw = self._draw(name, state.step, parameter.device) if rounded else None
         # Slices bound the float copies that a bfloat16 tensor or bitsandbytes' kernel needs; nothing else makes any.
@@ -127,16 +125,13 @@ class AdamW:
         )  # fmt: skip
 
     def _step_native(
-        self, state: Moments, part: slice, values: torch.Tensor, gradient: torch.Tensor, lr: float
+        self, kernels: Kernels, state: Moments, values: torch.Tensor, gradient: torch.Tensor, lr: float, key: int
     ) -> None:
-        assert self.kernels is not None and state.absmax1 is not None and state.absmax2 is not None
-        blocks = slice(part.start // _BLOCK, -(-part.stop // _BLOCK))
+        assert state.absmax1 is not None and state.absmax2 is not None
         root = math.sqrt(1 - self.betas[1] ** state.step)
         rates = lr * root / (1 - self.betas[0] ** state.step), *self.betas, self.eps * root, lr * self.weight_decay
-        self.kernels.adamw_8bit(
-            values, gradient, state.first[part], state.second[part], (state.absmax1[blocks], state.absmax2[blocks]),
-            rates, (self._key + part.start) % 2**32,
-        )  # fmt: skip
+        largest = (state.absmax1, state.absmax2)
+        kernels.adamw_8bit(values, gradient, state.first, state.second, largest, rates, key)
 
     def _step_bnb(self, state: Moments, part: slice, values: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
         import bitsandbytes.functional as bnb

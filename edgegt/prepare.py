@@ -107,8 +107,8 @@ def prepare(options: RunOptions, log: Log) -> Setup:
 
     device, watch = start_torch(options, resolved, log)
     schedule = make_schedule(options, corpus.train)
-    table = _trace(config)
     kernels = choose_kernels(device, log)
+    table = _trace(config, kernels.backend.kernels is not None)
     _use_everything_once(kernels, device)
     eight_bit = eight_bit_states(kernels, device, log)
     rates = machine_rates(kernels, device, config, table, schedule, eight_bit)
@@ -229,7 +229,7 @@ def _use_everything_once(kernels: Choice, device: torch.device) -> None:
     torch.nn.functional.cross_entropy(y.reshape(-1, 64), torch.zeros(512, dtype=torch.long, device=device)).backward()
 
 
-def _trace(config: Any) -> Any:
+def _trace(config: Any, causal: bool) -> Any:
     from edgegt.trace import trace
 
-    return trace(config)
+    return trace(config, causal=causal)

@@ -20,9 +20,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgegt.architecture import block_in, head_name, is_encoder_decoder, is_int8, stacks_of, text_config
+from edgegt.attention import register_attention, use_causal
 from edgegt.cost import BatchShape, Block, CostTable, Path, Weight, Work
 from edgegt.errors import InputError
-from edgegt.flops import register_attention
 from edgegt.fused import fuse
 from edgegt.graph import NO_LAYER, Reading, candidates, noting_layers, read_graph
 
@@ -33,13 +33,16 @@ _SCALE_BYTES = 2
 _TOKEN_SCALE_BYTES = 4
 
 
-def trace(config: Any, dtype: torch.dtype = torch.float32) -> CostTable:
+def trace(config: Any, dtype: torch.dtype = torch.float32, causal: bool = False) -> CostTable:
     """The cost table of the language model that `config` describes: decoder-only, or an encoder-decoder.
 
+    causal: attention will run as the causal node (`attention`), which keeps less than torch's kernel.
     Raises: InputError when the architecture is unknown to transformers or has weights that no path explains.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, tied = _build(text_config(config), dtype)
+        if causal and dtype == torch.float32:
+            use_causal(model, None)
         shapes = (*_SHAPES, *_CROSS_SHAPES) if is_encoder_decoder(model.config) else _SHAPES
         readings = [_read(model, shape) for shape in (_MORE_ROWS, *shapes)]
         return _table(model, tied, readings)

@@ -23,7 +23,8 @@ LAYERS = {
     "order": "run",
     "stages": "calibrate full trainee prepare use outlook doctor report",
     "parts of a run": "train recompute evaluate checkpoint selection importance patch speed budget job",
-    "model and data": "model trace graph architecture head loss optimizer flops store source data quant native fused",
+    "model and data": "model trace graph architecture attention fused head loss optimizer flops store source data quant"
+    " native",
     "surroundings": "folder log watch home process",
     "without torch": "calibrated chunks options device profile host cost rates memory case solver"
     " baselines problem planner value explain frontier",

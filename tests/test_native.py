@@ -255,3 +255,92 @@ def test_a_library_is_compiled_once_and_again_when_its_file_is_broken(tmp_path: 
     broken.parent.mkdir(parents=True)
     broken.write_bytes(path.read_bytes()[:10])
     assert made(tmp_path / "two") == broken and broken.stat().st_size == before.st_size
+
+
+def integers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+
+
+@pytest.fixture
+def products(kernels: Kernels) -> Kernels:
+    if not kernels.products:
+        pytest.skip("no four-fold dot product of int8 on this processor")
+    return kernels
+
+
+# Below, at and above a tile, a panel, a strip, the depth of a block (1536) and the height of a task (512).
+SIZES = [
+    (1, 1, 1), (12, 32, 4), (13, 33, 5), (11, 31, 3), (70, 150, 90), (7, 40, 1536), (9, 65, 1537), (25, 20, 4000),
+    (600, 34, 1600), (130, 700, 260), (0, 4, 4), (4, 0, 4), (4, 4, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_products_are_the_exact_sums_times_their_scales(products: Kernels, size: tuple[int, int, int]) -> None:
+    n, m, k = size
+    a, b, low = integers(n, k), integers(m, k, seed=1), integers(m, k, seed=2)
+    scale, columns = drawn(n, seed=3).abs(), drawn(m, seed=4).abs()
+    high, rest = a.double() @ b.double().t(), a.double() @ low.double().t()
+    expected = high * scale.double()[:, None]
+    by_columns = columns.double()
+    assert close(products.multiply(a, scale, b, columns), expected * by_columns)
+    both = (high + rest / 254) * scale.double()[:, None] * by_columns
+    assert close(products.multiply(a, scale, b, columns, low), both)
+    assert close(products.multiply_back(a, scale, b.t().contiguous()), expected)
+    assert close(products.multiply_turned(a.t().contiguous(), scale, b.t().contiguous()), expected)
+    before = drawn(n, m, seed=5)
+    after = products.multiply_turned(a.t().contiguous(), scale, b.t().contiguous(), before.clone())
+    assert close(after, expected + before.double())
+
+
+@pytest.mark.parametrize("size", [(70, 150, 90), (600, 34, 1600), (1024, 576, 64)], ids=str)
+def test_products_have_the_same_bits_on_every_number_of_threads(products: Kernels, size: tuple[int, int, int]) -> None:
+    n, m, k = size
+    a, b, low = integers(n, k), integers(m, k, seed=1), integers(m, k, seed=2)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            y = products.multiply(a, drawn(n), b, drawn(m), low)
+            dx = products.multiply_back(a, drawn(n), b.t().contiguous())
+            found.append((y, dx, products.multiply_turned(a.t().contiguous(), drawn(n), b.t().contiguous())))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for others in found[1:] for x, y in zip(found[0], others, strict=True))
+
+
+def test_products_of_the_largest_integers_do_not_overflow(products: Kernels) -> None:
+    a, b = torch.full((3, 70_000), -127, dtype=torch.int8), torch.full((5, 70_000), 127, dtype=torch.int8)
+    y = products.multiply(a, torch.ones(3), b, torch.ones(5))
+    assert torch.equal(y, torch.full((3, 5), -127.0 * 127 * 70_000))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (257, 300)])
+def test_bfloat16_masters_have_the_planes_of_their_float32_values(kernels: Kernels, shape: tuple[int, int]) -> None:
+    master = drawn(*shape).to(torch.bfloat16)
+    expected = split_planes(master)
+    found = [torch.empty(shape, dtype=torch.int8), torch.empty(shape, dtype=torch.int8)]
+    scale = torch.empty(shape[0], dtype=torch.bfloat16)
+    assert kernels.split_planes(master, *found, scale)
+    assert torch.equal(scale, expected.scale) and torch.equal(found[0], expected.q)
+    assert int((found[1].int() - expected.low.int()).abs().max()) <= 1
+
+
+def test_a_bfloat16_tensor_is_updated_as_a_float32_one_and_rounded_without_bias(kernels: Kernels) -> None:
+    n, rates = 1 << 16, (1e-3, 0.9, 0.999, 1e-8, 0.0)
+    start, gradient = torch.full((n,), 1.0), drawn(n).sign()
+    states = [[torch.zeros(n, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)] for _ in range(2)]
+    largest = [(torch.zeros(n // 256), torch.zeros(n // 256)) for _ in range(2)]
+    whole, half = start.clone(), start.to(torch.bfloat16)
+    kernels.adamw_8bit(whole, gradient, *states[0], largest[0], rates, 7)
+    kernels.adamw_8bit(half, gradient, *states[1], largest[1], rates, 7)
+    assert torch.equal(states[0][0], states[1][0]) and torch.equal(states[0][1], states[1][1])
+    # Every element is one of the two bfloat16 beside its value, and the mean over many is the value.
+    step = torch.where(whole < 1, 2.0**-8, 2.0**-7)
+    assert bool(((half.float() - whole).abs() < step).all())
+    assert len(half.unique()) > 2
+    for up in (True, False):
+        mine = (whole > 1) == up
+        spread = float(step[mine].mean() * 0.5 / mine.sum() ** 0.5)
+        assert abs(float((half.float() - whole)[mine].mean())) < 5 * spread

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgegt.attention import _additive_mask, _capped_attention, register_attention
 from edgegt.data import Batch
 from edgegt.errors import EdgegtError
-from edgegt.flops import FlopMeter, _additive_mask, _capped_attention, attach, register_attention
+from edgegt.flops import FlopMeter, attach
 from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW

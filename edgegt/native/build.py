@@ -36,11 +36,11 @@ TIMEOUT_S = 60
 
 @cache
 def library(folder: Path) -> Any:
-    """The compiled `kernels.c` and `products.c`, from the folder 'native' of this cache if they are there.
+    """The compiled C files, as one library, from the folder 'native' of this cache if it is there.
 
     Raises: EdgegtError when there is no compiler or it fails, with what it said.
     """
-    sources = ("kernels.c", "products.c")
+    sources = ("kernels.c", "products.c", "attention.c")
     return _built(sources, folder, "CC", KERNELS, FOR_THIS_PROCESSOR, ("-lm",), _processor())
 
 
@@ -76,7 +76,8 @@ def _built(
         language = {"CC": "C", "CXX": "C++"}[variable]
         raise EdgegtError(f"no {language} compiler was found ({', '.join(COMPILERS[variable])}, or ${variable})")
     sources = [Path(__file__).with_name(name) for name in names]
-    texts = [source.read_text(encoding="utf-8") for source in sources]
+    headers = sorted(Path(__file__).parent.glob("*.h"))
+    texts = [source.read_text(encoding="utf-8") for source in (*sources, *headers)]
     version = _run([*compiler, "--version"], names[0]).partition("\n")[0]
     said = ""
     for variant in variants:

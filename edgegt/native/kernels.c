@@ -5,6 +5,8 @@
    the same file serves x86-64 and aarch64. Matrices are contiguous and row-major. Every function takes the number of
    threads last and writes only what its comment says. Results do not depend on the number of threads.  */
 
+#include "exponential.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -137,17 +139,21 @@ API void scale_product(const int32_t *high, const int32_t *low, const float *row
     }
 }
 
-/* The planes q, low [n, k] and bfloat16 scales [n], rounded up, of the master w [n, k]; returns how many scales are
-   not finite. */
-API int64_t split_planes(const float *w, int64_t n, int64_t k, int8_t *q, int8_t *low, uint16_t *scale, int threads) {
+/* One element of a float32 array or, with `half`, of a bfloat16 one: the upper half of a float32. */
+static inline float element(const void *from, int half, int64_t i) {
+    return half ? of_bits((uint32_t)((const uint16_t *)from)[i] << 16) : ((const float *)from)[i];
+}
+
+static inline __attribute__((always_inline)) int64_t split_rows(const void *w, int half, int64_t n, int64_t k,
+                                                                int8_t *q, int8_t *low, uint16_t *scale, int threads) {
     int64_t broken = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : broken)
     for (int64_t row = 0; row < n; row++) {
-        const float *in = w + row * k;
+        const void *in = (const char *)w + row * k * (half ? 2 : 4);
         int8_t *high = q + row * k, *rest = low + row * k;
         uint32_t largest = 0;
         for (int64_t i = 0; i < k; i++) {
-            uint32_t size = magnitude(in[i]);
+            uint32_t size = magnitude(element(in, half, i));
             largest = size > largest ? size : largest;
         }
         uint32_t bits = bits_of(step_of(largest));
@@ -158,12 +164,19 @@ API int64_t split_planes(const float *w, int64_t n, int64_t k, int8_t *q, int8_t
         scale[row] = (uint16_t)(finite ? up : 0x7fc0u);
         float step = of_bits(up << 16);
         for (int64_t i = 0; i < k; i++) {
-            float ratio = in[i] / step, whole = rintf(ratio);
+            float ratio = element(in, half, i) / step, whole = rintf(ratio);
             high[i] = to_int8(whole);
             rest[i] = to_int8((ratio - whole) * LOW_STEPS);
         }
     }
     return broken;
+}
+
+/* The planes q, low [n, k] and bfloat16 scales [n], rounded up, of the master w [n, k], float32 or, with `half`,
+   bfloat16; returns how many scales are not finite. */
+API int64_t split_planes(const void *w, int half, int64_t n, int64_t k, int8_t *q, int8_t *low, uint16_t *scale,
+                         int threads) {
+    return half ? split_rows(w, 1, n, k, q, low, scale, threads) : split_rows(w, 0, n, k, q, low, scale, threads);
 }
 
 /* y [n, k] = x * rstd * (weight + offset), rstd [n] = 1 / sqrt(mean(x^2) + eps). */
@@ -193,21 +206,6 @@ API void rms_norm_back(const float *dy, const float *x, const float *weight, flo
         float share = sum * r * r / (float)k;
         for (int64_t i = 0; i < k; i++) out[i] = r * (up[i] * (weight[i] + offset) - share * in[i]);
     }
-}
-
-/* e^x for x <= 0 to 2 units in the last place; below -87 it is e^-87. Polynomial on [-ln 2 / 2, ln 2 / 2]. */
-static inline float exp_of(float x) {
-    x = x > -87.0f ? x : -87.0f;
-    float n = rintf(x * 1.44269504f);
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * of_bits((uint32_t)((int32_t)n + 127) << 23);
 }
 
 static inline float sigmoid(float x) {
@@ -284,11 +282,10 @@ static inline float decoded(int32_t code, int shift, int32_t top) {
     return of_bits((uint32_t)(code - top + (127 << (23 - shift))) << shift);
 }
 
-/* One step of AdamW on w [n] from g [n], in place. first [n]: sign and 7 bits of the mean gradient; second [n]: 8 bits
-   of the root of the mean square, never 0 once it was not; one largest magnitude per BLOCK of each. lr: with the
-   corrections of both means; eps: with that of the second. */
-API void adamw_8bit(float *w, const float *g, uint8_t *first, uint8_t *second, float *largest1, float *largest2,
-                    int64_t n, float lr, float beta1, float beta2, float eps, float decay, int64_t key, int threads) {
+static inline __attribute__((always_inline)) void adamw_blocks(void *w, int half, const float *g, uint8_t *first,
+                                                               uint8_t *second, float *largest1, float *largest2,
+                                                               int64_t n, float lr, float beta1, float beta2, float eps,
+                                                               float decay, int64_t key, int threads) {
     ROWS(threads)
     for (int64_t block = 0; block < (n + BLOCK - 1) / BLOCK; block++) {
         int64_t start = block * BLOCK, size = n - start < BLOCK ? n - start : BLOCK;
@@ -300,7 +297,13 @@ API void adamw_8bit(float *w, const float *g, uint8_t *first, uint8_t *second, f
             mean = a & 128 ? -mean : mean;
             mean = beta1 * mean + (1.0f - beta1) * slope;
             root = sqrtf(beta2 * root * root + (1.0f - beta2) * slope * slope);
-            w[start + i] -= decay * w[start + i] + lr * mean / (root + eps);
+            float before = element(w, half, start + i);
+            float after = before - (decay * before + lr * mean / (root + eps));
+            if (half) /* cut off after 16 random bits below were added: up as often as its share says */
+                ((uint16_t *)w)[start + i] =
+                    (uint16_t)((bits_of(after) + (mixed((uint32_t)(start + i), (uint32_t)key ^ PLASTIC) >> 16)) >> 16);
+            else
+                ((float *)w)[start + i] = after;
             m[i] = mean;
             r[i] = root;
         }
@@ -323,4 +326,16 @@ API void adamw_8bit(float *w, const float *g, uint8_t *first, uint8_t *second, f
             second[start + i] = (uint8_t)b;
         }
     }
+}
+
+/* One step of AdamW on w [n], float32 or, with `half`, bfloat16 rounded at random, from g [n], in place. first [n]: sign
+   and 7 bits of the mean gradient; second [n]: 8 bits of the root of the mean square, never 0 once it was not; one
+   largest magnitude per BLOCK of each. lr: with the corrections of both means; eps: with that of the second. */
+API void adamw_8bit(void *w, int half, const float *g, uint8_t *first, uint8_t *second, float *largest1,
+                    float *largest2, int64_t n, float lr, float beta1, float beta2, float eps, float decay,
+                    int64_t key, int threads) {
+    if (half)
+        adamw_blocks(w, 1, g, first, second, largest1, largest2, n, lr, beta1, beta2, eps, decay, key, threads);
+    else
+        adamw_blocks(w, 0, g, first, second, largest1, largest2, n, lr, beta1, beta2, eps, decay, key, threads);
 }

@@ -13,15 +13,18 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "quantize_rows": (_P, _P, _I, _I, _N, _P, _P, _N),
     "quantize_columns": (_P, _P, _I, _I, _P, _P, _N),
     "scale_product": (_P, _P, _P, _P, _P, _I, _I, _P, _N),
-    "split_planes": (_P, _I, _I, _P, _P, _P, _N),
-    "adamw_8bit": (_P, _P, _P, _P, _P, _P, _I, _F, _F, _F, _F, _F, _I, _N),
+    "split_planes": (_P, _N, _I, _I, _P, _P, _P, _N),
+    "adamw_8bit": (_P, _N, _P, _P, _P, _P, _P, _I, _F, _F, _F, _F, _F, _I, _N),
     "rms_norm": (_P, _P, _F, _F, _I, _I, _P, _P, _N),
     "rms_norm_back": (_P, _P, _P, _F, _P, _I, _I, _P, _N),
     "silu_mul": (_P, _P, _I, _P, _N),
     "silu_mul_back": (_P, _P, _P, _I, _P, _P, _N),
     "multiply": (_P, _N, _P, _P, _N, _P, _P, _I, _I, _I, _N, _P, _N),
+    "attend": (_P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _P, _P, _N),
+    "attend_back": (_P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _P, _P, _P, _P, _P, _P, _N),
     "rotate": (_P, _I, _I, _P, _P, _I, _I, _I, _I, _N, _P, _N),
 }
+_RESULTS = {"split_planes": _I, "multiply": _N, "attend": _N, "attend_back": _N}
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -40,7 +43,7 @@ class Kernels:
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes = arguments
-            function.restype = {"split_planes": _I, "multiply": _N}.get(name)
+            function.restype = _RESULTS.get(name)
             self._functions[name] = function
         self.products = bool(library.products())
 
@@ -68,38 +71,43 @@ class Kernels:
         self._call("scale_product", high, low, rows, columns, bias, *high.shape, y)
         return y
 
-    def multiply(
-        self, q: Tensor, scale: Tensor, b: Tensor, columns: Tensor, low: Tensor | None = None
-    ) -> Tensor:
+    def multiply(self, q: Tensor, scale: Tensor, b: Tensor, columns: Tensor, low: Tensor | None = None) -> Tensor:
         """y [n, m] = scale[:, None] * (q (b + low / 254)^T) * columns of int8 q [n, k] and b, low [m, k]."""
         y = torch.empty(q.shape[0], b.shape[0])
         low = None if low is None else low.contiguous()
-        self._multiply(q.contiguous(), 0, b.contiguous(), low, 0, scale, columns.contiguous(), *y.shape, q.shape[1], 0, y)
+        factors, sizes = (scale, columns.contiguous()), (*y.shape, q.shape[1])
+        self._with_room("multiply", q.contiguous(), 0, b.contiguous(), low, 0, *factors, *sizes, 0, y)
         return y
 
     def multiply_back(self, q: Tensor, scale: Tensor, b: Tensor) -> Tensor:
         """y [n, m] = scale[:, None] * (q b) of int8 q [n, k] and b [k, m]."""
         y = torch.empty(q.shape[0], b.shape[1])
-        self._multiply(q.contiguous(), 0, b.contiguous(), None, 1, scale, None, *y.shape, q.shape[1], 0, y)
+        sizes = (*y.shape, q.shape[1])
+        self._with_room("multiply", q.contiguous(), 0, b.contiguous(), None, 1, scale, None, *sizes, 0, y)
         return y
 
     def multiply_turned(self, q: Tensor, scale: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """y [n, m] = scale[:, None] * (q^T b) of int8 q [k, n] and b [k, m]; added to `out` in place when given."""
         y = torch.empty(q.shape[1], b.shape[1]) if out is None else out
-        add = int(out is not None)
-        self._multiply(q.contiguous(), 1, b.contiguous(), None, 1, scale, None, *y.shape, q.shape[0], add, y)
+        sizes, add = (*y.shape, q.shape[0]), int(out is not None)
+        self._with_room("multiply", q.contiguous(), 1, b.contiguous(), None, 1, scale, None, *sizes, add, y)
         return y
 
     def split_planes(self, master: Tensor, q: Tensor, low: Tensor, scale: Tensor) -> bool:
-        """Fill the planes [n, k] and bfloat16 scales [n] of a master; whether all of it was finite."""
-        return int(self._call("split_planes", master, *master.shape, q, low, scale)) == 0
+        """Fill the planes [n, k] and bfloat16 scales [n] of a float32 or bfloat16 master; whether it was finite."""
+        half = int(master.dtype == torch.bfloat16)
+        return int(self._call("split_planes", master, half, *master.shape, q, low, scale)) == 0
 
     def adamw_8bit(
         self, values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, largest: tuple[Tensor, Tensor],
         rates: tuple[float, float, float, float, float], key: int,
     ) -> None:  # fmt: skip
-        """One AdamW step on flat tensors, in place; see kernels.c. rates: lr, beta1, beta2, eps, weight decay * lr."""
-        self._call("adamw_8bit", values, gradient, first, second, *largest, values.numel(), *rates, key)
+        """One AdamW step on flat tensors, in place; see kernels.c. rates: lr, beta1, beta2, eps, weight decay * lr.
+
+        values: float32, or bfloat16, which is rounded up or down at random, by `key`.
+        """
+        half, states = int(values.dtype == torch.bfloat16), (first, second, *largest)
+        self._call("adamw_8bit", values, half, gradient, *states, values.numel(), *rates, key)
 
     def rms_norm(self, x: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:
         """(y, rstd): y = x * rstd * (weight + offset) over the last dimension, float32 rstd [rows]."""
@@ -143,11 +151,48 @@ class Kernels:
         )  # fmt: skip
         return y.transpose(1, 2)
 
-    def _multiply(self, *arguments: Any) -> None:
-        if not self._call("multiply", *arguments):
-            raise MemoryError("no memory for a product of int8 matrices")
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """(out [B, T, H, D], logarithms of the sums [B, H, T]) of causal attention; see attention.c.
+
+        q [B, H, T, D]; k, v [B, H or fewer, T, D]; starts: int64 [B], the first key of each row; window: 0 for none.
+        """
+        q, k, v = map(_with_adjacent_elements, (q, k, v))
+        rows, heads, tokens, size = q.shape
+        out, sums = torch.empty(rows, tokens, heads, size), torch.empty(rows, heads, tokens)
+        sizes = (rows, heads, k.shape[1], tokens, size, window)
+        self._with_room("attend", q, k, v, _strides(q, k, v), starts, *sizes, scale, out, sums)
+        return out, sums
+
+    def attend_back(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, starts: Tensor, window: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The gradients to q, k and v, of their shapes, from dout [B, T, H, D] and what `attend` gave."""
+        dout, (q, k, v) = dout.contiguous(), map(_with_adjacent_elements, (q, k, v))
+        rows, heads, tokens, size = q.shape
+        dq, dk, dv = (torch.empty(rows, tokens, x.shape[1], size) for x in (q, k, v))
+        sizes = (rows, heads, k.shape[1], tokens, size, window)
+        self._with_room("attend_back", q, k, v, _strides(q, k, v), starts, *sizes, scale, dout, out, sums, dq, dk, dv)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    def _with_room(self, name: str, *arguments: Any) -> None:
+        """Call what needs memory of its own. Raises: MemoryError when there is none."""
+        if not self._call(name, *arguments):
+            raise MemoryError(f"no memory left for '{name}'")
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call with the addresses of tensors; they outlive the call, since the caller holds them."""
         words = (argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
         return self._functions[name](*words, torch.get_num_threads())
+
+
+def _with_adjacent_elements(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> Any:
+    """Of each tensor [B, H, T, D] those of rows, heads and tokens, as the kernels read them."""
+    found = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    return (ctypes.c_int64 * len(found))(*found)

@@ -9,9 +9,9 @@
    multiplication of the processor's four-fold dot product. Three of those are known here; where none is, `products`
    is 0 and the caller uses another library. Results do not depend on threads or blocks.  */
 
-#include <stdint.h>
+#include "shuffles.h"
+
 #include <stdlib.h>
-#include <string.h>
 
 #define API __attribute__((visibility("default")))
 
@@ -59,28 +59,6 @@ enum {
 };
 static const float LOW_STEPS = 254.0f;
 
-typedef uint8_t bytes_t __attribute__((vector_size(16)));
-typedef uint16_t pairs_t __attribute__((vector_size(16)));
-typedef uint32_t words_t __attribute__((vector_size(16)));
-typedef uint64_t longs_t __attribute__((vector_size(16)));
-
-/* Shuffles of two vectors: GCC before 12 knows one name, Clang the other. */
-#ifdef __clang__
-#define UNROLLED _Pragma("clang loop unroll(full)")
-#define MIX(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#define MIX(type, a, b, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
-#endif
-#define LOW_BYTES(a, b) MIX(bytes_t, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define HIGH_BYTES(a, b) MIX(bytes_t, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#define LOW_PAIRS(a, b) MIX(pairs_t, a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define HIGH_PAIRS(a, b) MIX(pairs_t, a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-#define LOW_WORDS(a, b) MIX(words_t, a, b, 0, 4, 1, 5)
-#define HIGH_WORDS(a, b) MIX(words_t, a, b, 2, 6, 3, 7)
-#define LOW_LONGS(a, b) MIX(longs_t, a, b, 0, 2)
-#define HIGH_LONGS(a, b) MIX(longs_t, a, b, 1, 3)
-
 /* offset: turns signed values to unsigned ones where the processor wants them. */
 static inline bytes_t load(const int8_t *from, uint8_t offset) {
     bytes_t value;
@@ -113,15 +91,9 @@ static void pack_rows(const int8_t *b, int64_t stride, int64_t width, int64_t k,
             const int8_t *from = b + column * stride;
             for (; at + 4 <= k / 4; at += 4) {
                 for (int64_t i = 4; i < 8; i++) __builtin_prefetch(from + i * stride + 4 * at);
-                const int8_t *start = from + 4 * at;
-                words_t w0 = (words_t)load(start, OFFSET), w1 = (words_t)load(start + stride, OFFSET);
-                words_t w2 = (words_t)load(start + 2 * stride, OFFSET), w3 = (words_t)load(start + 3 * stride, OFFSET);
-                longs_t l0 = (longs_t)LOW_WORDS(w0, w1), l1 = (longs_t)LOW_WORDS(w2, w3);
-                longs_t h0 = (longs_t)HIGH_WORDS(w0, w1), h1 = (longs_t)HIGH_WORDS(w2, w3);
-                store(to + (at + 0) * PANEL * 4, (bytes_t)LOW_LONGS(l0, l1));
-                store(to + (at + 1) * PANEL * 4, (bytes_t)HIGH_LONGS(l0, l1));
-                store(to + (at + 2) * PANEL * 4, (bytes_t)LOW_LONGS(h0, h1));
-                store(to + (at + 3) * PANEL * 4, (bytes_t)HIGH_LONGS(h0, h1));
+                words_t rows[4];
+                for (int64_t i = 0; i < 4; i++) rows[i] = (words_t)load(from + i * stride + 4 * at, OFFSET);
+                turn_words(rows, to + at * PANEL * 4, PANEL * 4);
             }
         }
         for (; at < deep; at++)
@@ -379,6 +351,11 @@ static void split(const job_t *job, int64_t depth, int threads, int64_t *width, 
 API int multiply(const int8_t *a, int turned_a, const int8_t *b, const int8_t *low, int turned_b, const float *rows,
                  const float *columns, int64_t n, int64_t m, int64_t k, int add, float *y, int threads) {
     job_t job = {a, b, low, rows, columns, y, n, m, k, turned_a, turned_b, add};
+    if (n == 0 || m == 0) return 1;
+    if (k == 0) {
+        if (!add) memset(y, 0, sizeof(float) * (size_t)(n * m));
+        return 1;
+    }
     int64_t depth = even(k, parts_of(k, DEEP), 4), width = m, height = n;
     split(&job, depth, threads, &width, &height);
     int64_t across = parts_of(m, width), down = parts_of(n, height);

@@ -63,7 +63,8 @@ class NativeBackend(TorchBackend):
 
     def refresh(self, weight: Int8Weight, master: Tensor) -> None:
         """As weight.refresh_planes."""
-        if weight.low is None or not usable(master):
+        kept = master.dtype == torch.bfloat16 and master.device.type == "cpu"
+        if weight.low is None or not (kept or usable(master)):
             refresh_planes(weight, master)
         else:
             check_planes(self.compiled.split_planes(master.contiguous(), weight.q, weight.low, weight.scale))
