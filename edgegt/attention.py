@@ -23,7 +23,7 @@ from edgegt.native import Kernels, usable
 ATTENTION = "edgegt"
 CAUSAL_NODE = "_CausalAttentionBackward"  # as autograd calls it
 _CAUSAL = "causal_attention"
-_MULTIPLE = 4
+MULTIPLE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def _seen_here(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]
 ) -> Seen | None:
     """What the queries of this call see, None where the causal node does not do."""
-    if not hasattr(module, _CAUSAL) or not usable(query, key, value) or query.shape[-1] % _MULTIPLE:
+    if not hasattr(module, _CAUSAL) or not usable(query, key, value) or query.shape[-1] % MULTIPLE:
         return None
     if key.shape != value.shape or query.shape[2:] != key.shape[2:]:
         return None

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 HEAD_CHUNK_ELEMENTS = 2**22
 SMALLEST_CHUNK = 16
+TRAINED_SHARE = 16
 
 
-def chunk_positions(vocabulary: int, n: int) -> int:
-    """Positions per chunk of `n`: 2**22 logits (16 MiB in float32) rounded up, not below 16 positions; at least 1."""
-    return max(1, min(n, max(SMALLEST_CHUNK, -(-HEAD_CHUNK_ELEMENTS // vocabulary))))
+def chunk_elements(trained: int = 0) -> int:
+    """Logits per chunk: 2**22 (16 MiB in float32), or a sixteenth of the elements of the head that are trained.
+
+    Each chunk reads the whole head and adds to the whole of its gradient; beside a large one more logits weigh little.
+    """
+    return max(HEAD_CHUNK_ELEMENTS, trained // TRAINED_SHARE)
+
+
+def chunk_positions(vocabulary: int, n: int, trained: int = 0) -> int:
+    """Positions per chunk of `n`: `chunk_elements` rounded up, not below 16 positions; at least 1."""
+    return max(1, min(n, max(SMALLEST_CHUNK, -(-chunk_elements(trained) // vocabulary))))

@@ -159,7 +159,8 @@ def _run(job: _Job, hidden: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Ten
     count = job.at.shape[0]
     if needs[1] and count == 0:
         found.master = torch.zeros(head.master.shape, dtype=torch.float32, device=device)
-    step = chunk_positions(head.out_features, count)
+    trained = 0 if head.master is None else int(head.master.numel())
+    step = chunk_positions(head.out_features, count, trained)
     for start in range(0, count, step):
         loss += _chunk(job, hidden, slice(start, start + step), needs, found)
     return loss.mul_(job.factor), found

@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from edgegt.chunks import chunk_positions
+from edgegt.chunks import chunk_elements, chunk_positions
 from edgegt.cost import BatchShape, CostTable, Weight, Work
 from edgegt.units import MIB
 
@@ -134,6 +134,11 @@ def fragment_bytes(weight: Weight, accumulate: bool, formats: Formats) -> int:
 def gradient_bytes(weight: Weight) -> int:
     """Bytes of one gradient while it is formed; the head's exists at the loss, the others later."""
     return GRADIENT_BYTES * weight.numel
+
+
+def loss_bytes(weight: Weight) -> int:
+    """Bytes that training the head adds at the loss: its gradient, and wider chunks of logits."""
+    return gradient_bytes(weight) + _wider_bytes(weight)
 
 
 def logit_bytes(table: CostTable, shape: BatchShape, vocabulary: int, labelled: int = 0) -> int:
@@ -262,9 +267,10 @@ def _phases(
     head = max((gradient_bytes(weight) for weight in chosen if weight.kind == "head"), default=0)
     largest = max((gradient_bytes(weight) for weight in chosen if weight.kind != "head"), default=0)
     logits, transient = passing_bytes(table, around, setting)
+    wider = max((_wider_bytes(weight) for weight in chosen if weight.kind == "head"), default=0)
     later = {"logits": 0, "transient": transient, "gradients": largest}
     held = {"activations": kept, "fragments": holes, "recomputed": 0}
-    phases = [{**held, "logits": logits, "gradients": head, "transient": 0}, {**held, **later}]
+    phases = [{**held, "logits": logits + wider, "gradients": head, "transient": 0}, {**held, **later}]
     again = set(recompute)
     for index in reversed(range(table.blocks)):
         if not table.layers[index].weights & mask:
@@ -276,6 +282,11 @@ def _phases(
             gone, its_holes = kept_bytes(saved_by(table, index, mask), setting)
             kept, holes = kept - gone, holes - its_holes
     return phases
+
+
+def _wider_bytes(head: Weight) -> int:
+    """What the chunks of a trained head take above those of a frozen one, at most."""
+    return int(LOGIT_BYTES * (chunk_elements(head.numel) - chunk_elements()))
 
 
 def _saved(table: CostTable, mask: int, recompute: Sequence[int]) -> list[Work]:

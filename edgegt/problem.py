@@ -19,6 +19,7 @@ from edgegt.memory import (
     gradient_bytes,
     kept_bytes,
     library_bytes,
+    loss_bytes,
     passing_bytes,
     peak_terms,
     plane_bytes,
@@ -206,7 +207,7 @@ class _Builder:
             held = state_bytes(weight, self.setting.accumulate, self.setting.formats)
             held += fragment_bytes(weight, self.setting.accumulate, self.setting.formats)
             held -= plane_bytes(weight) if weight.name in resting else 0
-            head = gradient_bytes(weight) if weight.kind == "head" else 0
+            head = loss_bytes(weight) if weight.kind == "head" else 0
             seconds = self.rates.trained_s(weight, problem.totals, problem.steps) if self.rates else 0.0
             own.append(self._costs(weight.dw.over(problem.totals), held + head, held, held, seconds))
         return tuple(own)

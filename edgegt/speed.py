@@ -66,7 +66,7 @@ def of_machine(
         int8=int8,
         int8_back=int8_back,
         dw=dw,
-        attention=_attention(device, width, min(length, most), head_size, max(1, most // length), piece),
+        attention=_attention(backend, device, width, min(length, most), head_size, max(1, most // length), piece),
         float32=float32,
         forward_bytes=forward,
         backward_bytes=backward,
@@ -101,19 +101,28 @@ def _products(
     )
 
 
-def _attention(device: torch.device, width: int, length: int, head_size: int, rows: int, time_of: _Timer) -> float:
-    """FLOP/s of masked attention forward and backward: two products, and two for each of them."""
+def _attention(
+    backend: Backend, device: torch.device, width: int, length: int, head_size: int, rows: int, time_of: _Timer
+) -> float:
+    """FLOP/s of masked attention forward and backward: two products, and two for each of them, masked or not."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
+    from edgegt.attention import MULTIPLE, Seen, causal_attention
+
     heads = max(1, width // head_size)
-    operands = [_random(rows, heads, length, head_size, device=device).requires_grad_() for _ in range(3)]
+    operands = [_random(rows, length, heads, head_size, device=device).requires_grad_() for _ in range(3)]
     mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device=device).tril_()
-    dy = torch.ones(rows, heads, length, head_size, device=device)
+    dy = torch.ones(rows, length, heads, head_size, device=device)
+    seen = Seen(torch.zeros(rows, dtype=torch.int64, device=device))
 
     def run() -> None:
-        q, k, v = operands
-        torch.autograd.grad(scaled_dot_product_attention(q, k, v, attn_mask=mask), operands, dy)
+        q, k, v = (operand.transpose(1, 2) for operand in operands)
+        if backend.kernels is None or head_size % MULTIPLE:
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        else:
+            out = causal_attention(q, k, v, seen, head_size**-0.5, backend.kernels)
+        torch.autograd.grad(out, operands, dy)
 
     return 6 * 2 * rows * heads * length**2 * head_size / time_of(run)
 

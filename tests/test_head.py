@@ -111,6 +111,8 @@ def test_a_chunk_holds_four_million_logits_or_sixteen_positions() -> None:
     assert chunk_positions(256_000, 3) == 3
     assert chunk_positions(100, 7) == 7
     assert chunk_positions(100, 0) == 1
+    assert chunk_positions(32_000, 1000, trained=2**26) == 132  # a gradient of 256 MiB: 16 MiB are a sixteenth of it
+    assert chunk_positions(32_000, 1000, trained=2**28) == 525
 
 
 @pytest.mark.parametrize("config", MAPS.values(), ids=MAPS)

@@ -27,6 +27,7 @@ from edgegt.memory import (
     gradient_bytes,
     library_bytes,
     logit_bytes,
+    loss_bytes,
     master_bytes,
     most_labelled,
     optimizer_bytes,
@@ -128,6 +129,12 @@ def test_the_gradients_of_the_head_and_of_a_layer_are_not_there_together() -> No
     assert later(both)
     at_the_loss = 4 * VOCABULARY * 64 + LOGITS
     assert both["gradients"] + both["transient"] == max(at_the_loss, 4 * 25600 + 2 * 10 * 500)
+
+
+def test_a_large_trained_head_works_in_wider_chunks() -> None:
+    small, large = (Weight("head", "head", 1, (2**rows, 2**10), 0, Work()) for rows in (15, 17))
+    assert loss_bytes(small) == gradient_bytes(small)
+    assert loss_bytes(large) == gradient_bytes(large) + int(LOGIT_BYTES * 2**22)
 
 
 def test_the_largest_moment_counts_and_the_others_do_not() -> None:

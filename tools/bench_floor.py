@@ -4,12 +4,13 @@
 
 The step is run once on tensors without data (`meta`), which says every product with its shape: y = x W^T of each
 linear, dx = dy W where backward needs it, dw = dy^T x where the weight is trained, and each attention forward and
-backward. Of edgegt's plans the trained weights' second plane and recomputed layers count too, and the head is on
-the supervised positions. Each distinct product is then run alone, with as many threads as the methods had, on memory
-that is reused, and the best of a few runs counts: int8 by `torch._int_mm`, float32 by `torch.mm`, attention by
+backward. Of edgegt's plans the trained weights' second plane and recomputed layers count too, and the head is on the
+supervised positions. Each distinct product is then run alone, with as many threads as the methods had, on memory that
+is reused, and the best of a few runs counts: int8 by `torch._int_mm`, float32 by `torch.mm`, attention by
 `scaled_dot_product_attention` in float32 and its gradient. Peers compute in float32, edgegt y and dx in int8; dw of
-edgegt has two formats, and its floor is the faster. Everything else (norms, quantising, softmax of the loss, optimizer,
-dispatch, fresh memory) is what the share leaves out. A kernel faster than torch's can have a share above 1.
+edgegt has two formats and its attention two kernels, and its floor is the faster. Everything else (norms, quantising,
+softmax of the loss, optimizer, dispatch, fresh memory) is what the share leaves out. A kernel faster than torch's can
+have a share above 1.
 
 FLOPs of the same step are counted by torch's FlopCounterMode, attention by its two plain products and two for each of
 them backward. Products of 8-bit peers are counted and measured as if they ran in float32, as their gradients do.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +37,12 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # after PYTHONPATH, which may name another copy
+
+from edgegt.attention import MULTIPLE, Seen, causal_attention
+from edgegt.cache import cache_dir
+from edgegt.quant import choose_backend
+
 ATTENTION = "bench"
 TURNS, RUNS, LEAST_RUNS, BUDGET_S = 3, 5, 2, 0.5
 
@@ -43,8 +51,8 @@ TURNS, RUNS, LEAST_RUNS, BUDGET_S = 3, 5, 2, 0.5
 class Product:
     """One product. kind: 'y', 'dx', 'dw', 'attention' or 'attention_back'.
 
-    form: 'float32', 'int8' or 'faster' (of these two). size: tokens, inputs and outputs of the linear, or rows, heads,
-    queries, keys and width of a head.
+    form: 'float32', 'int8', 'causal' (edgegt's attention) or 'faster' (of those its kind has). size: tokens, inputs
+    and outputs of the linear, or rows, heads, queries, keys and width of a head.
     """
 
     kind: str
@@ -106,7 +114,7 @@ def int8_products(
     for name, product in step.by_weight:
         times = 2 if product.kind in ("y", "attention") and again(name) else 1
         if product.kind.startswith("attention"):
-            counted[product] += times
+            counted[Product(product.kind, "faster", product.size)] += times
             continue
         form = "faster" if product.kind == "dw" else "int8"
         apart = (*product.size[:2], rows) if name == head and rows and name in planes else None
@@ -139,7 +147,8 @@ def measure(products: Sequence[Product]) -> list[float]:
 
 def _seconds_of(product: Product) -> float:
     if product.form == "faster":
-        return min(_seconds_of(Product(product.kind, form, product.size)) for form in ("float32", "int8"))
+        forms = ("float32", "causal" if product.kind.startswith("attention") else "int8")
+        return min(_seconds_of(Product(product.kind, form, product.size)) for form in forms)
     run = _attention_run(product) if product.kind.startswith("attention") else _product_run(product)
     spent: list[float] = []
     started = time.perf_counter()
@@ -178,7 +187,11 @@ def _attention_run(product: Product) -> Callable[[], object]:
     q = torch.randn(rows, heads, queries, width)
     k, v = torch.randn(rows, heads, keys, width), torch.randn(rows, heads, keys, width)
     mask = None if queries == keys else torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)
-    forward = partial(scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None)
+    forward: Callable[..., Tensor] = partial(scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None)
+    kernels = choose_backend(torch.device("cpu"), cache_dir()).backend.kernels
+    if product.form == "causal" and mask is None and width % MULTIPLE == 0 and kernels is not None:
+        seen, scale = Seen(torch.zeros(rows, dtype=torch.int64)), width**-0.5
+        forward = lambda q, k, v: causal_attention(q, k, v, seen, scale, kernels)  # noqa: E731
     if product.kind == "attention":
         return partial(forward, q, k, v)
     operands = [tensor.requires_grad_() for tensor in (q, k, v)]
