@@ -43,6 +43,7 @@ class Need:
     """What a run needs whatever is selected. held_out: the longest held-out row, as a shape of one row.
 
     formats, head_rows: the number formats and parts of the head that may be trained, the preferred first.
+    prepared_bytes: the peak of what was done so far, below which no budget can be kept.
     """
 
     table: CostTable
@@ -53,6 +54,7 @@ class Need:
     head_rows: tuple[int | None, ...] = (None,)
     rates: Rates | None = None
     copy_bytes: int = 0
+    prepared_bytes: int = 0
 
     @property
     def around(self) -> Surroundings:
@@ -145,13 +147,14 @@ def flops_budget(rho: float, options: RunOptions, need: Need, schedule: Schedule
 
 
 def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:
-    """The least peak with which the run can be done: its smallest evaluation, probe and training."""
+    """The least peak with which the run can be done: its preparation, smallest evaluation, probe and training."""
     probing = options.measures_importance
     return max(
         smallest(_anything(options, need, schedule)).memory_bytes,
         need.probe_bytes(largest(schedule, 2)) if probing else 0,
         need.evaluation_bytes(1),
         need.answer_bytes(1),
+        need.prepared_bytes,
     )
 
 

@@ -118,7 +118,7 @@ def prepare(options: RunOptions, log: Log) -> Setup:
         table, watch.now(), vocabulary, corpus.longest_held_out,
         formats=tuple(formats for formats in FORMATS if eight_bit or formats.states == "float32"),
         head_rows=head_forms(len(corpus.used_tokens), vocabulary), rates=rates,
-        copy_bytes=table.largest_weight if device.type == "cuda" else 0,
+        copy_bytes=table.largest_weight if device.type == "cuda" else 0, prepared_bytes=watch.peak(),
     )  # fmt: skip
     memory_bytes, less = memory_budget(options, resolved, host)
     if less:

@@ -29,7 +29,7 @@ PIECE_S = 0.06
 WIDEST = 1024
 MOST_TOKENS = 512
 ACTIVATIONS = 1 << 19
-LOGITS = 1 << 20
+LOGITS = 1 << 19
 UPDATED = 1 << 18
 TINY = 16
 # A Llama layer in units of its width: feed-forward, keys and values; the norms, rotary inputs and gates in it.
