@@ -99,6 +99,26 @@ class _CausalAttention(torch.autograd.Function):
 causal_attention = cast(Callable[..., Tensor], _CausalAttention.apply)
 
 
+def disagreement(kernels: Kernels) -> float:
+    """The largest relative error of the kernels' output and gradients against the plain products in float64."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 70, 16), (2, 2, 70, 16), (2, 2, 70, 16), (2, 70, 4, 16))
+    *exact, dout = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
+    seen, at = Seen(torch.tensor([0, 9]), 50), torch.arange(70)
+    shut = (at > at[:, None]) | (at <= at[:, None] - seen.window) | (at < seen.starts[:, None, None])
+    dout *= (at >= seen.starts[:, None])[..., None, None]
+    with torch.enable_grad():
+        q, k, v = (tensor.requires_grad_() for tensor in exact)
+        scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.25).masked_fill(shut.unsqueeze(1), -1e9)
+        expected = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
+        operands = [tensor.detach().float().requires_grad_() for tensor in exact]
+        out = causal_attention(*operands, seen, 0.25, kernels)
+        pairs = [*zip(torch.autograd.grad(out, operands, dout.float()), torch.autograd.grad(expected, exact, dout))]
+    live = dout.abs().sum((2, 3)) > 0
+    pairs.append((out.detach()[live], expected.detach()[live]))
+    return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
+
+
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
 ) -> tuple[Tensor, None]:

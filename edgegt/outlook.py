@@ -48,6 +48,8 @@ DEFAULT_STEPS = 100
 DEFAULT_TOKENS, DEFAULT_KEPT = 256, 64
 DEFAULT_HEAD_ROWS = 8192
 FLOOR_BYTES = 512 * 2**20
+# Kinds of devices that compute on a GPU; the others have the compiled kernels.
+ON_GPU = ("jetson", "geforce")
 SPREAD = {"flops": (0.98, 1.0, 1.0), "bytes": (0.93, 1.0, 1.0), "seconds": (0.6, 1.0, 2.5)}
 
 
@@ -95,7 +97,8 @@ def prospect(options: RunOptions, log: Log) -> Prospect:
     config = read_config(name, for_run=False)
     options = within_positions(options, positions_of(config))
     batches = batches_of(options, name, config)
-    return prospect_of(options, resolved, memory_bytes, trace(config), config, name, batches)
+    table = trace(config, causal=resolved.profile.kind not in ON_GPU)
+    return prospect_of(options, resolved, memory_bytes, table, config, name, batches)
 
 
 def batches_of(options: RunOptions, model: str, config: Any) -> Batches:
@@ -140,7 +143,7 @@ def prospect_of(
     longest = BatchShape(1, max(s.tokens for s in schedule.shapes), max(s.kept for s in schedule.shapes))
     vocabulary = vocabulary_of(config)
     rates, heads = of_profile(profile), head_forms(batches.used_tokens, vocabulary)
-    copied = table.largest_weight if profile.kind in ("jetson", "geforce") else 0
+    copied = table.largest_weight if profile.kind in ON_GPU else 0
     need = Need(table, FLOOR_BYTES, vocabulary, longest, head_rows=heads, rates=rates, copy_bytes=copied)
     rho, seconds = options.rho or profile.rho, options.seconds_of(profile)
     full = table.full_work().total(schedule.shapes)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, OPTConfig, Qwen2Config, T5Config
+from transformers import AutoConfig, LlamaConfig, OPTConfig, Qwen2Config, T5Config
 
+from edgegt.budget import Need, check_memory, smallest_bytes
+from edgegt.cost import BatchShape
 from edgegt.device import Resolved
-from edgegt.errors import InputError
+from edgegt.errors import BudgetError, InputError
 from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.outlook import (
@@ -117,6 +121,21 @@ def test_few_rows_of_the_head_are_trained_where_the_whole_does_not_fit(tmp_path:
     outlook = _look(model, memory=f"{enough}MiB")
     assert outlook["head_rows"] == DEFAULT_HEAD_ROWS and "8192 rows of the head" in outlook_text(outlook)
     assert outlook["trained_parameters"] < outlook["model"]["parameters"]
+
+
+def test_no_budget_below_the_peak_of_preparation_is_promised(tmp_path: Path) -> None:
+    model = _small(tmp_path)
+    options = RunOptions(device="jetson-orin-nano-8gb", model=model, steps=10)
+    config = AutoConfig.from_pretrained(model)
+    schedule = batches_of(options, model, config).schedule
+    need = Need(trace(config), 300 * MIB, config.vocab_size, BatchShape(1, 64, 32))
+    least = smallest_bytes(options, need, schedule)
+    high = dataclasses.replace(need, prepared_bytes=least + 7 * MIB)
+    assert smallest_bytes(options, high, schedule) == least + 7 * MIB
+    check_memory(least + 7 * MIB, options, high, schedule)
+    with pytest.raises(BudgetError, match=f"{math.ceil(least / MIB) + 7} MiB") as refused:
+        check_memory(least + 6 * MIB, options, high, schedule)
+    assert refused.value.smallest_bytes == (math.ceil(least / MIB) + 7) * MIB
 
 
 def test_time_and_energy_are_budgets(tmp_path: Path) -> None:

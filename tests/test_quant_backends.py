@@ -246,7 +246,7 @@ def test_a_backend_that_fails_or_disagrees_is_left_out_with_the_reason(tmp_path:
     assert choice.lines[:3] == (
         "int8 backend 'absent' left out: ModuleNotFoundError: No module named 'absent'",
         "int8 backend 'broken' left out: RuntimeError: no kernel image is available for execution on the device",
-        "int8 backend 'wrong' left out: its products are off by 1.0e-02 (allowed 1e-03)",
+        "int8 backend 'wrong' left out: its results are off by 1.0e-02 (allowed 1e-03)",
     )
 
 

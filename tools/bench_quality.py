@@ -5,7 +5,7 @@ Four runs on the same rows, each in a process of its own, one after the other:
     full       full fine-tuning in float32
     edgegt     a selection under --rho, in int8
     float32    the same selection in float32: the plans of that run, the same batches, learning rates and optimizer
-    edgegt+    edgegt with more epochs
+    edgegt+    edgegt with more epochs, or with another budget of FLOPs (--more-epochs, --more-rho, --more-lr)
 
 Every few steps the loss on some held-out rows is evaluated; that stops the clock. What must hold:
 
@@ -271,7 +271,7 @@ def tasks_of(args: argparse.Namespace, folder: Path) -> list[Task]:
         task(FULL, common | once | {"strategy": "full", "lr": args.lr_full}),
         task(OURS, ours | once),
         task(TWIN, ours | once, str(folder / OURS)),
-        task(MORE, ours | longer),
+        task(MORE, ours | longer | {"rho": args.more_rho or args.rho, "lr": args.more_lr or args.lr}),
     ]
 
 
@@ -348,7 +348,9 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--columns", help="which fields of the data to read, as for `edgegt run`")
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--more-epochs", type=float, default=4.0, help="of the longer run of edgegt")
+    parser.add_argument("--more-epochs", type=float, default=4.0, help="of the other run of edgegt")
+    parser.add_argument("--more-rho", type=float, help="its share of the FLOPs (default: that of --rho)")
+    parser.add_argument("--more-lr", type=float, help="its learning rate (default: that of --lr)")
     parser.add_argument("--steps", type=int, help="steps instead of epochs; the longer run has as many times more")
     parser.add_argument("--rho", type=float, default=0.5)
     parser.add_argument("--lr", type=float, default=3.2e-3, help="of edgegt (default: the best for base-7m on E2E)")

@@ -1,4 +1,4 @@
-"""The elementwise parts of a step in C (`kernels.c`), compiled on the machine that runs them.
+"""The work of a step in C: elementwise parts, int8 products and attention, compiled on the machine that runs them.
 
 Compiling takes about a second, once per machine and version; there is no build step at installation, and where no
 compiler is found everything runs in torch's own operations, slower and equally right. Nothing heavier is loaded: a

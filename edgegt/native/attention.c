@@ -20,22 +20,24 @@ typedef float floats_t __attribute__((vector_size(64)));
 #define ADD_PRODUCT(sum, a, b) (floats_t) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum))
 #elif defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
-enum { LANES = 8, STRIP = 6, KEYS = 4 };
+enum { LANES = 8, STRIP = 4, KEYS = 4 };
 typedef float floats_t __attribute__((vector_size(32)));
 #define ADD_PRODUCT(sum, a, b) (floats_t) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum))
 #else
-enum { LANES = 4, STRIP = 6, KEYS = 4 };
 typedef float floats_t __attribute__((vector_size(16)));
 #ifdef __ARM_NEON
 #include <arm_neon.h>
+enum { LANES = 4, STRIP = 12, KEYS = 4 };
 #define ADD_PRODUCT(sum, a, b) (floats_t) vfmaq_f32((float32x4_t)(sum), (float32x4_t)(a), (float32x4_t)(b))
 #else
+enum { LANES = 4, STRIP = 4, KEYS = 4 };
 #define ADD_PRODUCT(sum, a, b) ((sum) + (a) * (b))
 #endif
 #endif
 
-/* Keys of a panel, which is two vectors; queries of a block. */
-enum { PANEL = 2 * LANES, BLOCK = 4 * STRIP };
+/* Keys of a panel, which is two vectors; queries of a block, which is some strips. Strips are turned in fours. */
+enum { PANEL = 2 * LANES, BLOCK = 48 };
+_Static_assert(STRIP % 4 == 0 && BLOCK % STRIP == 0 && PANEL % KEYS == 0, "tiles do not fill blocks");
 
 typedef struct {
     const float *q, *k, *v;

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from edgegt.attention import disagreement
 from edgegt.native import Kernels, compiler_words
 from edgegt.quant.weight import LOW_STEPS, Int8Weight, absmax, refresh_planes, row_chunks
 
@@ -40,7 +41,7 @@ TIMED_TURNS = 12
 FASTER = 1.05
 REFERENCE_FASTER = 1.5
 FILE_NAME = "backend.json"
-FILE_FORMAT = 2
+FILE_FORMAT = 3
 
 
 class Backend(Protocol):
@@ -202,7 +203,10 @@ def check(backends: Mapping[str, Callable[[], Backend]], device: torch.device) -
         try:
             sound[name] = make()
             error = max(_disagreement(sound[name], device, shape) for shape in CHECK_SHAPES)
-            note = "" if error < AGREEMENT else f"its products are off by {error:.1e} (allowed {AGREEMENT:.0e})"
+            kernels = sound[name].kernels
+            if kernels is not None:
+                error = max(error, disagreement(kernels))
+            note = "" if error < AGREEMENT else f"its results are off by {error:.1e} (allowed {AGREEMENT:.0e})"
             results.append(BackendCheck(name, not note, note, error))
         except Exception as problem:  # whatever a native package raises makes it unavailable, with the reason
             results.append(BackendCheck(name, False, _reason(problem)))
