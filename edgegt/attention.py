@@ -113,7 +113,8 @@ def disagreement(kernels: Kernels) -> float:
         expected = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
         operands = [tensor.detach().float().requires_grad_() for tensor in exact]
         out = causal_attention(*operands, seen, 0.25, kernels)
-        pairs = [*zip(torch.autograd.grad(out, operands, dout.float()), torch.autograd.grad(expected, exact, dout))]
+        found = torch.autograd.grad(out, operands, dout.float())
+        pairs = [*zip(found, torch.autograd.grad(expected, exact, dout), strict=True)]
     live = dout.abs().sum((2, 3)) > 0
     pairs.append((out.detach()[live], expected.detach()[live]))
     return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)

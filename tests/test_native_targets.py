@@ -1,4 +1,4 @@
-"""The kernels built for other instruction sets than this machine's best, and for aarch64, where tools for it are there."""
+"""The kernels built for other instruction sets than this machine's, and for aarch64 where there are tools for it."""
 
 from __future__ import annotations
 

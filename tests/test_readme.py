@@ -13,7 +13,7 @@ from edgegt.cli import _COMMANDS
 from edgegt.options import RunOptions, flag
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = (".py", ".j2", ".c", ".cpp")
+SOURCES = (".py", ".j2", ".c", ".h", ".cpp")
 OTHER_FLAGS = {"--config", "--explain", "--frontier", "--help", "--model", "--patch", "--extra-index-url"}
 
 
