@@ -46,23 +46,23 @@ REFUSAL_LETTERS = 90
 
 def plan_on(shape: str, folder: Path, profile: Profile) -> dict[str, Any]:
     """The outlook of one shape on one device, as `edgegt plan --json` prints it. Raises: InputError when refused."""
-    from edgegt.outlook import batches_of, prospect_of
+    from edgegt.outlook import ON_GPU, batches_of, prospect_of
 
     model = str(folder / shape)
     options = RunOptions(device=profile.name, model=model, batch_size=ROWS, max_length=TOKENS)
-    table, config = traced(model)
+    table, config = traced(model, profile.kind not in ON_GPU)
     device, batches = Resolved(profile, None, False), batches_of(options, model, config)
     return prospect_of(options, device, profile.budget_bytes, table, config, model, batches).outlook
 
 
 @cache
-def traced(model: str) -> tuple[CostTable, Any]:
-    """The cost table and the config of a model, which are the same on every device."""
+def traced(model: str, causal: bool) -> tuple[CostTable, Any]:
+    """The cost table and the config of a model, which are the same on every device with this attention."""
     from edgegt.source import read_config
     from edgegt.trace import trace
 
     config = read_config(model, for_run=False)
-    return trace(config), config
+    return trace(config, causal=causal), config
 
 
 def cells(profile: Profile, outlook: dict[str, Any]) -> dict[str, str]:
