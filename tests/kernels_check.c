@@ -54,12 +54,16 @@ static double product_error(int turn) {
     if (!multiply(a, turned_a, b, two ? low : 0, turned_b, rows, two ? columns : 0, n, m, k, 0, y, 2)) return INFINITY;
     for (int64_t i = 0; i < n; i++)
         for (int64_t j = 0; j < m; j++) {
-            double sum = 0.0;
+            double high = 0.0, rest = 0.0, scale = (double)rows[i] * (two ? columns[j] : 1.0f);
             for (int64_t l = 0; l < k; l++) {
                 int64_t at = turned_b ? l * m + j : j * k + l;
-                sum += (turned_a ? a[l * n + i] : a[i * k + l]) * (b[at] + (two ? low[at] / 254.0 : 0.0));
+                int factor = turned_a ? a[l * n + i] : a[i * k + l];
+                high += factor * b[at];
+                rest += two ? factor * low[at] / 254.0 : 0.0;
             }
-            note(&worst, y[i * m + j], sum * rows[i] * (two ? columns[j] : 1.0));
+            /* Sums are exact: what is left is rounding of the two, which may cancel. */
+            double size = (fabs(high) + fabs(rest) + 1.0) * fabs(scale) + 1e-30;
+            note(&worst, y[i * m + j] / size, (high + rest) * scale / size);
         }
     free(a), free(b), free(low), free(rows), free(columns), free(y);
     return worst;
@@ -136,5 +140,5 @@ int main(void) {
         if (!(error <= of_attention)) of_attention = error;
     }
     printf("products %s %.1e attention %.1e\n", products() ? "compiled" : "none", of_products, of_attention);
-    return !(of_products <= 1e-5 && of_attention <= 1e-5);
+    return !(of_products <= 5e-7 && of_attention <= 1e-5);
 }

@@ -277,7 +277,7 @@ def test_the_choice_is_stored_read_and_made_anew_when_the_file_is_corrupt(tmp_pa
     assert [path.name for path in cache.iterdir()] == [FILE_NAME], "no temporary file stays behind"
 
 
-@pytest.mark.parametrize("content", ["[]", '{"format": 2, "choices": 3}', "\x00", '{"choices": {}}'])
+@pytest.mark.parametrize("content", ["[]", '{"format": 3, "choices": 3}', "\x00", '{"choices": {}}'])
 def test_any_content_of_the_choice_file_is_survived(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE_NAME).write_text(content)
     choice = choose({"torch": TorchBackend}, torch.device("cpu"), tmp_path)
