@@ -163,16 +163,15 @@ def markdown(rows: Sequence[dict[str, str]]) -> Iterator[str]:
             yield f"| {' | '.join(marks)} |"
 
 
-def heading() -> list[str]:
-    return [
-        "# What fits where",
-        "",
-        f"Predicted by `edgegt plan` for {ROWS} rows of {TOKENS} tokens a step at each profile's own budgets; made by "
-        "`tools/device_table.py`. budget and peak are bytes of the whole process; FLOPs are of full fine-tuning on the "
-        "same batches; tokens/s follow from the profile's printed rates at the utilisation of small batches. "
-        "What is trained is chosen by a stand-in for importance, which needs the weights.",
-        "",
-    ]
+HEADING = f"""# What fits where
+
+Predicted by `edgegt plan` for steps of {ROWS} rows of {TOKENS} tokens (64 of them completion), 8,192 different
+tokens in the data, at each profile's own budgets; made by `python tools/device_table.py --output docs/devices.md`.
+Budget and peak are bytes of the whole process (512 MiB of them for the program), FLOPs are of full fine-tuning on
+the same batches, tokens per second follow from the profile's rates and were not measured on any of these devices.
+What is trained is chosen by a stand-in for importance, which needs the weights. Encoder-decoders are planned and
+not yet trained.
+"""
 
 
 def main() -> int:
@@ -182,7 +181,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="default: standard output")
     args = parser.parse_args()
     profiles = [load_profile(profiles_dir() / f"{name}.toml") for name in args.device or profile_names()]
-    lines = heading()
+    lines = HEADING.split("\n")
     with tempfile.TemporaryDirectory(prefix="device-table-") as folder:
         for shape in args.shape:
             lines += table_of(shape, profiles, Path(folder))
