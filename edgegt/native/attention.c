@@ -1,15 +1,14 @@
 /* Causal attention in float32, forward and backward, that computes only what the mask lets through.
 
-   Query i of a row sees the keys from max(start of the row, i - window + 1) to i: what padding on the left and a sliding
-   window leave of the triangle. Heads may share keys and values. The scores of a strip of queries are computed for a
+   Query i of a row sees the keys from max(start of the row, i - window + 1) to i: what padding on the left and a
+   sliding window leave of the triangle. Heads may share keys and values. The scores of a strip of queries are computed for a
    panel of keys at a time and exist for one block of queries and one head alone; forward keeps the logarithm of each
    query's sum, from which backward makes them again. q, k, v have strides of their own (row, head, token; a head's
    elements are adjacent), everything else is contiguous. A query that sees nothing gives 0.  */
 
 #include "exponential.h"
+#include "room.h"
 #include "shuffles.h"
-
-#include <stdlib.h>
 
 #define API __attribute__((visibility("default")))
 
@@ -88,19 +87,6 @@ static void value_tile(const float *shares, const float *values, int64_t pitch, 
 /* Gradients of KEYS keys: shares [count][PANEL], turned, times rows [count][pitch], added to c [KEYS][pitch]. */
 static void key_tile(const float *shares, const float *rows, int64_t pitch, int64_t count, float *c) {
     tile_of(KEYS, shares, 1, PANEL, rows, pitch, count, c, pitch, 1);
-}
-
-/* Memory of each thread, kept for the next call. */
-static _Thread_local float *kept;
-static _Thread_local size_t kept_size;
-
-static float *room(size_t floats) {
-    if (floats > kept_size) {
-        free(kept);
-        kept_size = floats;
-        if (posix_memalign((void **)&kept, 64, floats * sizeof(float))) kept_size = 0, kept = 0;
-    }
-    return kept;
 }
 
 static int64_t filled(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
@@ -193,7 +179,7 @@ static int attend_heads(const job_t *job, int64_t row, int64_t group, int64_t be
                         float *sums) {
     const int64_t(*s)[3] = job->strides;
     int64_t tokens = job->tokens, size = job->size, all = filled(tokens, PANEL), pitch = filled(size, PANEL);
-    float *keys = room((size_t)(all * (size + pitch) + BLOCK * (size + pitch + all)));
+    float *keys = room(sizeof(float) * (size_t)(all * (size + pitch) + BLOCK * (size + pitch + all)));
     if (!keys) return 0;
     float *values = keys + all * size, *queries = values + all * pitch, *result = queries + BLOCK * size;
     float *scores = result + BLOCK * pitch; /* [panel][BLOCK][PANEL] */
@@ -241,7 +227,8 @@ static int attend_back_group(const job_t *job, int64_t row, int64_t group, const
     const int64_t(*s)[3] = job->strides;
     int64_t tokens = job->tokens, size = job->size, all = filled(tokens, PANEL), pitch = filled(size, PANEL);
     int64_t shared = job->heads / job->groups, line = job->heads * size;
-    float *keys = room((size_t)(all * (2 * size + 3 * pitch) + BLOCK * (2 * size + 3 * pitch + 2 * all)));
+    int64_t floats = all * (2 * size + 3 * pitch) + BLOCK * (2 * size + 3 * pitch + 2 * all);
+    float *keys = room(sizeof(float) * (size_t)floats);
     if (!keys) return 0;
     float *values = keys + all * size, *key_rows = values + all * size, *key_sums = key_rows + all * pitch;
     float *value_sums = key_sums + all * pitch, *queries = value_sums + all * pitch, *ups = queries + BLOCK * size;

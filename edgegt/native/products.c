@@ -9,9 +9,8 @@
    multiplication of the processor's four-fold dot product. Three of those are known here; where none is, `products`
    is 0 and the caller uses another library. Results do not depend on threads or blocks.  */
 
+#include "room.h"
 #include "shuffles.h"
-
-#include <stdlib.h>
 
 #define API __attribute__((visibility("default")))
 
@@ -263,19 +262,6 @@ static inline void expect(const job_t *job, int64_t row, int64_t count, int64_t 
     }
 }
 
-/* Memory of each thread, kept for the next product: a block of b, sums, a strip of a. */
-static _Thread_local uint8_t *kept;
-static _Thread_local size_t kept_bytes;
-
-static uint8_t *room(size_t bytes) {
-    if (bytes > kept_bytes) {
-        free(kept);
-        kept_bytes = bytes;
-        if (posix_memalign((void **)&kept, 64, bytes)) kept_bytes = 0, kept = 0;
-    }
-    return kept;
-}
-
 static int64_t parts_of(int64_t whole, int64_t largest) { return whole > largest ? (whole + largest - 1) / largest : 1; }
 
 static int64_t even(int64_t whole, int64_t parts, int64_t multiple) {
@@ -289,7 +275,8 @@ static int block_of(const job_t *job, int64_t row, int64_t rows, int64_t column,
     int64_t panels = (width + PANEL - 1) / PANEL, strips = parts_of(rows, ROWS), strip_rows = even(rows, strips, 1);
     int whole = depth >= job->k;
     size_t panel_bytes = (size_t)(depth + 3) / 4 * 4 * PANEL, tile = ROWS * PANEL, tiles = tile * planes * panels;
-    size_t packed_bytes = panel_bytes * planes * panels, sum_bytes = (whole ? planes * tile : strips * tiles) * sizeof(int32_t);
+    size_t packed_bytes = panel_bytes * planes * panels;
+    size_t sum_bytes = (whole ? planes * tile : strips * tiles) * sizeof(int32_t);
     uint8_t *packed = room(packed_bytes + sum_bytes + STRIP);
     if (!packed) return 0;
     int32_t *sums = (int32_t *)(packed + packed_bytes), start[ROWS];
