@@ -1,32 +1,186 @@
-"""A checkpoint at the end of every round and when the run is stopped: live masters, their optimizer states, the step.
+"""Checkpoints: all that an exact resume needs, as one sealed file, written while training goes on.
 
-Tensors trained in earlier rounds lie beside it, as demotion left them. It is written whole or not at all.
+No second copy is made: a thread writes tensor after tensor, and the training waits only where it would change one that
+is not written yet. Tensors at rest lie beside it in files of their own, named with their checksums. The last two
+checkpoints are kept; what none of them names is deleted.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from edgegt.folder import write_tensors
-from edgegt.selection import Trainables
+from edgegt.disk import remove_halves
+from edgegt.errors import InputError
+from edgegt.sealed import Item, Sealed, read_sealed, write_sealed
 
-FORMAT = "1"
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = "2"
+KEPT = 2
+PARKED = "parked"
+_STATE = "state"
+_NAME = "state-{:06d}.safetensors"
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where the run is: optimizer steps done, round, FLOPs spent."""
+class Saved:
+    """A checkpoint that was read and checked. state: everything but tensors; number: its place in the order."""
 
-    step: int
-    round: int
-    flops: int
+    number: int
+    state: dict[str, Any]
+    sealed: Sealed
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """What was saved of one trained tensor, by key."""
+        prefix = f"{name}|"
+        keys = [key for key in self.sealed.entries if key.startswith(prefix)]
+        return {key.removeprefix(prefix): self.sealed.tensor(key) for key in keys}
 
 
-def save_checkpoint(folder: Path, trainables: Trainables, position: Position) -> Path:
-    """Write `state.safetensors`: '<name>|master', '<name>|<state>' and, of a head, '<name>|rows' for live tensors."""
-    tensors = {f"{name}|{key}": value for name in trainables.live for key, value in trainables.tensors(name).items()}
-    about = {"format": FORMAT, "step": str(position.step), "round": str(position.round), "flops": str(position.flops)}
-    path = folder / "state.safetensors"
-    write_tensors(path, tensors, about)
-    return path
+class Checkpoints:
+    """The checkpoints in one folder. before_sealing: called before a new one takes its name (to synchronise logs)."""
+
+    def __init__(self, folder: Path, before_sealing: Callable[[], None] = lambda: None) -> None:
+        self.folder = folder
+        self.last_step = -1
+        self._before_sealing = before_sealing
+        self._number = max((number for number, _ in self._files()), default=0)
+        self._named: dict[int, set[str]] = {}
+        self._thread: threading.Thread | None = None
+        self._left: set[str] = set()
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+
+    def begin(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Start to write a checkpoint of these tensors, in this order, after the one before is done.
+
+        state: must have 'resting': {name: [file, checksum]}. Raises: DiskError of the one before.
+        """
+        self.finish()
+        self._number += 1
+        number = self._number
+        self._named[number] = {str(place[0]) for place in state["resting"].values()}
+        items = [Item.of(f"{name}|{key}", value) for name, parts in tensors.items() for key, value in parts.items()]
+        ends = {f"{name}|{list(parts)[-1]}": name for name, parts in tensors.items() if parts}
+        self._left = set(ends.values())
+        about = {"format": FORMAT, _STATE: json.dumps({**state, "step": step})}
+
+        def written(key: str) -> None:
+            if key in ends:
+                with self._changed:
+                    self._left.discard(ends[key])
+                    self._changed.notify_all()
+
+        def write() -> None:
+            try:
+                self._before_sealing()
+                write_sealed(self.folder / _NAME.format(number), items, about, written)
+                self.last_step = step
+                self._tidy()
+            except BaseException as error:  # handed over to whoever waits
+                self._error = error
+            finally:
+                items.clear()
+                with self._changed:
+                    self._left.clear()
+                    self._changed.notify_all()
+
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait_for(self, name: str) -> None:
+        """Return when this tensor may change."""
+        if name in self._left:
+            with self._changed:
+                self._changed.wait_for(lambda: name not in self._left)
+
+    def check(self) -> None:
+        """Raises: DiskError when the last checkpoint could not be written; returns at once."""
+        if self._error is not None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Return when the checkpoint is on the disk. Raises: DiskError when it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def any(self) -> bool:
+        """Whether there is a checkpoint at all."""
+        return bool(self._files())
+
+    def newest(self, say: Callable[[str], None]) -> Saved | None:
+        """The newest checkpoint that is whole; None without one. Damaged ones are said, and deleted."""
+        remove_halves(self.folder)
+        remove_halves(self.folder / PARKED)
+        for number, path in sorted(self._files(), reverse=True):
+            try:
+                saved = self._read(number, path)
+            except InputError as error:
+                say(f"{error}: the checkpoint before it is used")
+                with suppress(OSError):
+                    path.unlink()
+                continue
+            self._number, self.last_step = number, int(saved.state["step"])
+            return saved
+        return None
+
+    def remove(self) -> None:
+        """Delete all checkpoints: the run is finished, and its patch holds what it trained."""
+        self.finish()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self, number: int, path: Path) -> Saved:
+        sealed = read_sealed(path)
+        if sealed.about.get("format") != FORMAT:
+            raise InputError(f"'{path}' has the format {sealed.about.get('format')}, and this version reads {FORMAT}")
+        try:
+            state = json.loads(sealed.about[_STATE])
+            files = {str(place[0]): str(place[1]) for place in state["resting"].values()}
+            int(state["step"])
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise InputError(f"'{path}' holds no state of a run ({error})") from error
+        for file, seal in files.items():
+            if Path(file).name != file:
+                raise InputError(f"'{path}' names a file outside its folder ('{file[:60]}')")
+            if read_sealed(self.folder / PARKED / file).seal != seal:
+                raise InputError(f"'{self.folder / PARKED / file}' is not the file that belongs to '{path}'")
+        self._named[number] = set(files)
+        return Saved(number, state, sealed)
+
+    def _files(self) -> list[tuple[int, Path]]:
+        found = []
+        for path in self.folder.glob(_NAME.replace("{:06d}", "*")):
+            digits = path.name.removeprefix("state-").removesuffix(".safetensors")
+            if digits.isdecimal():
+                found.append((int(digits), path))
+        return found
+
+    def _tidy(self) -> None:
+        """Delete all but the newest checkpoints, and parked tensors that none of them names."""
+        files = sorted(self._files())
+        for _, path in files[:-KEPT]:
+            path.unlink(missing_ok=True)
+        named = {file for number, _ in files[-KEPT:] for file in self._named_by(number)}
+        for path in (self.folder / PARKED).glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink(missing_ok=True)
+
+    def _named_by(self, number: int) -> set[str]:
+        if number not in self._named:
+            try:
+                self._read(number, self.folder / _NAME.format(number))
+            except InputError:
+                self._named[number] = set()
+        return self._named[number]

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgegt.errors import EdgegtError, InputError, nearest
+from edgegt.errors import EdgegtError, InputError, is_out_of_memory, nearest
 from edgegt.log import Log
 from edgegt.options import RunOptions, flag, merge_options, option_type, read_options
 from edgegt.process import share_the_machine
@@ -63,15 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _system_problem(error: MemoryError | OSError | RuntimeError) -> str | None:
+def _system_problem(error: Exception) -> str | None:
     """What the machine lacked, in one line; None for an error that is edgegt's own."""
-    # By name, because torch must not be imported for this: its CPU allocator raises a plain RuntimeError.
-    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
-    if isinstance(error, MemoryError) or named or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "out of memory: lower --memory or --batch-size"
     if isinstance(error, RuntimeError):
         return None
-    where = f" ({error.filename})" if getattr(error, "filename", None) else ""
+    name = getattr(error, "filename", None)
+    where = f" ({name})" if name else ""
     return f"{getattr(error, 'strerror', None) or error}{where}: check the disk and the permissions, and run again"
 
 
@@ -135,16 +134,35 @@ def _print_json(tree: Any) -> None:
 def _add_run(commands: Any, name: str) -> None:
     parser = commands.add_parser(name, help="personalise a model under the device's budgets", prog="edgegt run")
     _add_options(parser)
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was broken off, as it began")
     parser.set_defaults(handler=_run)
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    options = _options(parsed)
-    from edgegt.run import run
+    options, log = _options(parsed), Log(parsed.quiet)
+    path = None if parsed.resume is None else Path(parsed.resume)
+    if path is not None and (options != RunOptions() or parsed.config):
+        raise InputError("--resume goes on with the options that the run has: give no others but --quiet")
+    if path is None:
+        from edgegt.folder import unfinished
 
-    path = run(options, Log(parsed.quiet), parsed.typed)
-    print(path)
+        earlier = unfinished(options)
+        if earlier is not None and _goes_on(earlier, log):
+            path = earlier
+    from edgegt.run import resume, run
+
+    print(run(options, log, parsed.typed) if path is None else resume(path, log, parsed.typed))
     return 0
+
+
+def _goes_on(earlier: Path, log: Log) -> bool:
+    """Whether to go on with a run of the same options: asked on a terminal, elsewhere only offered."""
+    if log.quiet or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        log.say(f"'{earlier}' has the same options and was broken off: `edgegt run --resume {earlier}` goes on with it")
+        return False
+    print(f"'{earlier}' has the same options and was broken off. Go on with it? [Y/n] ", end="", file=sys.stderr)
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
 
 
 def _add_plan(commands: Any, name: str) -> None:
@@ -248,6 +266,7 @@ def _add_eval(commands: Any, name: str) -> None:
     parser.add_argument("--data", help="file to evaluate on (default: the run's held-out rows)")
     parser.add_argument("--columns", help="which fields of --data to read, such as prompt=mr,completion=ref")
     parser.add_argument("--max-length", type=int, help="tokens of a row of --data at most (default: the run's, or 512)")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows of --data that cannot be read")
     parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
     parser.set_defaults(handler=_eval)
 
@@ -255,7 +274,9 @@ def _add_eval(commands: Any, name: str) -> None:
 def _eval(parsed: argparse.Namespace) -> int:
     from edgegt.use import evaluate_subject
 
-    numbers = evaluate_subject(parsed.run, parsed.model, parsed.patch, parsed.data, parsed.columns, parsed.max_length)
+    numbers = evaluate_subject(
+        parsed.run, parsed.model, parsed.patch, parsed.data, parsed.columns, parsed.max_length, parsed.skip_bad_rows,
+    )  # fmt: skip
     if parsed.json:
         _print_json(numbers)
     else:

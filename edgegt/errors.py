@@ -1,6 +1,8 @@
 """Everything edgegt raises on purpose, drawn once.
 
     EdgegtError                 exit code 1: the run failed
+    ├── NotFinite               a loss, gradient or weight is NaN or infinite: the step is dropped
+    ├── OutOfMemory             memory for a kernel could not be had: the run steps back
     ├── InputError              exit code 2: input refused (value, what is allowed, one remedy)
     │   └── BudgetError         exit code 2: nothing fits; carries the smallest budget that would do
     └── Interrupted             exit code 130 (SIGINT) or 143 (SIGTERM): stopped by the user, work saved
@@ -18,6 +20,14 @@ class EdgegtError(Exception):
     """The run failed; the message says why and what to do."""
 
     exit_code = 1
+
+
+class NotFinite(EdgegtError):
+    """A loss, a gradient or a trained tensor is NaN or infinite; the message says which."""
+
+
+class OutOfMemory(EdgegtError):
+    """Memory that a kernel needs could not be had."""
 
 
 class InputError(EdgegtError):
@@ -48,6 +58,13 @@ class Interrupted(EdgegtError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this says that memory could not be had: Python's, torch's or our own error."""
+    # By name, because torch must not be imported for this: its CPU allocator raises a plain RuntimeError.
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return isinstance(error, (MemoryError, OutOfMemory)) or named or "can't allocate memory" in str(error)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ Every tensor is trained, the head sees every position, states are float32. Its F
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,21 +15,26 @@ import torch
 from edgegt.architecture import is_transposed
 from edgegt.attention import register_attention
 from edgegt.cache import cache_dir
+from edgegt.checkpoint import Saved
 from edgegt.cost import BatchShape, Work
 from edgegt.data import Batch, collate
 from edgegt.data.batches import IGNORE
-from edgegt.errors import BudgetError
+from edgegt.errors import BudgetError, EdgegtError
 from edgegt.flops import FlopMeter, attach
-from edgegt.folder import RunFolder
+from edgegt.guard import StepBack
+from edgegt.keeper import Keeper
 from edgegt.log import Log
 from edgegt.memory import LIBRARY_BYTES, slack_bytes, worst_shape
-from edgegt.optimizer import AdamW, schedule
+from edgegt.optimizer import AdamW, Moments, schedule
 from edgegt.patch import save_patch
 from edgegt.prepare import Setup
+from edgegt.process import trim
 from edgegt.rates import of_profile
+from edgegt.recovery import go_back, leave_out
+from edgegt.rounds import Predicted
+from edgegt.signals import interrupted, stopped_by_signals
 from edgegt.source import fingerprint
-from edgegt.train import Parts, Progress, Recipe, train_round
-from edgegt.trainee import interrupted, stopped_by_signals
+from edgegt.train import Dropped, NoRoom, Parts, Progress, Recipe, train_round
 from edgegt.units import format_bytes
 from edgegt.version import __version__
 
@@ -42,12 +48,12 @@ class FloatTrainee:
     backend = "float32"
     probe_flops = 0
 
-    def __init__(self, setup: Setup, log: Log) -> None:
+    def __init__(self, setup: Setup, log: Log, keeper: Keeper) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.setup, self.log = setup, log
+        self.setup, self.log, self.keeper = setup, log, keeper
         self._check()
         self.module: Any = AutoModelForCausalLM.from_pretrained(
             str(setup.source.directory), dtype=torch.float32, attn_implementation=register_attention(),
@@ -56,7 +62,10 @@ class FloatTrainee:
         self.meter = FlopMeter()
         attach(self.module, self.meter)
         self.fingerprint = fingerprint(setup.source, cache_dir() / "fingerprints.json")
-        self.progress = Progress()
+        self.optimizer = AdamW(False, setup.options.weight_decay)
+        self.parameters: dict[str, torch.nn.Parameter] = dict(self.module.named_parameters())
+        self.progress, self.predicted = Progress(), Predicted()
+        self.micro_batch = self._micro_batch()
         self.complete = False
         self.after_s = 0.0
 
@@ -72,48 +81,130 @@ class FloatTrainee:
                 smallest_bytes=least,
             )
 
-    def train(self, folder: RunFolder, outcome: Any) -> None:
+    def train(self) -> None:
         """One round over all batches. Raises: Interrupted after the step in which a signal came."""
-        self.folder = folder
-        setup, options = self.setup, self.setup.options
-        micro_batch = self._micro_batch()
-        terms = full_terms(setup, micro_batch)
-        outcome.predicted_flops, outcome.predicted_peak, outcome.memory_terms = (
+        total = self.setup.schedule.steps
+        self._predict()
+        if self.progress.step == 0:
+            self.keeper.save(wait=True)
+        self.log.start_steps(total)
+        with stopped_by_signals(self.progress):
+            while not self._train_round():
+                pass
+        if self.progress.stop is not None:
+            self.keeper.save(wait=True)
+            raise interrupted(self.progress, total, self.keeper.folder.path)
+        if self.progress.late:
+            self.log.fallback(f"the time budget ended training after step {self.progress.step} of {total}")
+        self.keeper.save()
+        self.complete = True
+
+    def save(self) -> None:
+        """The patch: every tensor, matrices as [out, in]."""
+        self.keeper.checkpoints.finish()
+        about = self.setup.source.name, __version__, self.setup.corpus.separator
+        save_patch(self.keeper.folder.patch, whole_patch(self.module), self.fingerprint, *about)
+
+    def state(self) -> dict[str, Any]:
+        """Everything but tensors that an exact resume needs."""
+        return {
+            "progress": self.progress.to_json(), "flops_by_kind": dict(self.meter.by_kind),
+            "micro_batch": self.micro_batch, "memory_bytes": self.setup.memory_bytes, "resting": {},
+            "live": list(self.parameters),
+        }  # fmt: skip
+
+    def tensors(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Every tensor with its optimizer states, if it has some, in the order in which a step changes them."""
+        states = self.optimizer.states
+        return {
+            name: {"master": self.parameters[name].detach(), **(states[name].tensors() if name in states else {})}
+            for name in reversed(self.parameters)
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """Be as the checkpoint says, bit for bit."""
+        state = saved.state
+        self.progress.restore(state["progress"])
+        self.micro_batch = state["micro_batch"]
+        self.meter.by_kind.clear()
+        self.meter.by_kind.update(state["flops_by_kind"])
+        for name, parameter in self.parameters.items():
+            kept = {key: value.to(parameter.device) for key, value in saved.tensors(name).items()}
+            parameter.data.copy_(kept["master"])
+            self.optimizer.states.pop(name, None)
+            if "first" in kept:
+                self.optimizer.states[name] = Moments.from_tensors(kept)
+
+    def _predict(self) -> None:
+        setup, terms = self.setup, full_terms(self.setup, self.micro_batch)
+        self.predicted.flops, self.predicted.peak, self.predicted.memory_terms = (
             setup.full_flops, sum(terms.values()), terms,
         )  # fmt: skip
         table, shapes = setup.need.table, setup.schedule.shapes
-        outcome.device_step_s = of_profile(setup.resolved.profile).full_step_s(table, shapes[len(shapes) // 2])
-        parameters = dict(self.module.named_parameters())
-        self._record_plan(micro_batch, terms, list(parameters))
-        optimizer = AdamW(False, options.weight_decay)
+        self.predicted.device_step_s = of_profile(setup.resolved.profile).full_step_s(table, shapes[len(shapes) // 2])
+        self._record_plan(self.micro_batch, terms, list(self.parameters))
 
-        def step(name: str, gradient: torch.Tensor, lr: float) -> None:
-            optimizer.update(name, parameters[name].data, gradient, lr)
-
-        batches = [
-            (epoch, _everywhere(collate([setup.corpus.train[i] for i in rows], setup.pad_id, options.max_length)))
-            for epoch, rows in setup.schedule.batches
-        ]
-        total = setup.schedule.steps
+    def _train_round(self) -> bool:
+        """The steps that are left; False when something went wrong, and was dealt with."""
+        setup, options, total = self.setup, self.setup.options, self.setup.schedule.steps
         recipe = Recipe(
             lambda done: schedule(options.schedule, setup.lr, done, total, options.warmup),
             options.max_grad_norm, total, setup.flops, lambda shape: 0, deadline=setup.deadline(self.after_s),
         )  # fmt: skip
-        parts = Parts(self.module, setup.device, parameters, step, lambda: None, self.meter, setup.watch)
-        self.log.start_steps(total)
-        with stopped_by_signals(self.progress):
-            train_round(parts, recipe, batches, micro_batch, 0, self.progress, self.folder.metrics,
-                        self.log.step)  # fmt: skip
-        if self.progress.stop is not None:
-            raise interrupted(self.progress, total, self.folder)
-        if self.progress.late:
-            self.log.fallback(f"the time budget ended training after step {self.progress.step} of {total}")
-        self.complete = True
+        parts = Parts(
+            self.module, setup.device, self.parameters, self._update, lambda: None, self.meter, setup.watch,
+            self.keeper.facts,
+        )  # fmt: skip
+        try:
+            train_round(
+                parts, recipe, self._batches(), self.micro_batch, 0, self.progress, self.keeper.metrics,
+                self._after_step, fused=self.micro_batch >= max(shape.rows for shape in setup.schedule.shapes),
+            )  # fmt: skip
+        except Dropped as error:
+            leave_out(self, self.keeper, error)
+        except NoRoom as error:
+            self._step_back(self.keeper.guard.failed(error.reason, self.predicted.peak, error.torn))
+        except StepBack as back:
+            self._step_back(back)
+        else:
+            return True
+        return False
 
-    def save(self, folder: RunFolder) -> None:
-        """The patch: every tensor, matrices as [out, in]."""
-        about = self.setup.source.name, __version__, self.setup.corpus.separator
-        save_patch(folder.patch, whole_patch(self.module), self.fingerprint, *about)
+    def _update(self, name: str, gradient: torch.Tensor, lr: float) -> None:
+        self.keeper.checkpoints.wait_for(name)
+        self.optimizer.update(name, self.parameters[name].data, gradient, lr)
+
+    def _after_step(self, entry: dict[str, Any]) -> None:
+        self.log.step(entry)
+        self.keeper.after_step(self.predicted.peak, entry["step_s"])
+
+    def _batches(self) -> Iterator[tuple[float, Batch]]:
+        setup = self.setup
+        for epoch, indices in setup.schedule.batches[self.progress.step :]:
+            rows = [setup.corpus.train[i] for i in indices]
+            yield epoch, _everywhere(collate(rows, setup.pad_id, setup.options.max_length))
+
+    def _step_back(self, back: StepBack) -> None:
+        """Smaller micro-batches: nothing else can be given up when everything is trained."""
+        if back.torn:
+            go_back(self, self.keeper, "to take back a step that was broken off")
+        before = self.micro_batch
+        while self.micro_batch > 1 and sum(full_terms(self.setup, self.micro_batch).values()) > back.budget_bytes:
+            self.micro_batch //= 2
+        fits = sum(full_terms(self.setup, self.micro_batch).values()) <= back.budget_bytes
+        if not fits and back.must:
+            raise EdgegtError(
+                f"{back.reason}: full fine-tuning cannot go on within {format_bytes(back.budget_bytes)}; end other "
+                "programs"
+            )
+        text = f"{back.reason}: micro-batches of {self.micro_batch} rows instead of {before}"
+        self.log.fallback(text)
+        self.keeper.record({"kind": "memory", "text": text, "budget_bytes": back.budget_bytes})
+        if fits:
+            self.setup = replace(self.setup, memory_bytes=back.budget_bytes)
+        trim()
+        self.keeper.guard.lower(self.setup.memory_bytes)
+        self._predict()
 
     @property
     def held_bytes(self) -> int:
@@ -129,7 +220,7 @@ class FloatTrainee:
     def _record_plan(self, micro_batch: int, terms: dict[str, int], names: list[str]) -> None:
         setup = self.setup
         table = setup.need.table
-        self.folder.write("plan-0.json", {
+        self.keeper.folder.write("plan-0.json", {
             "round": 0, "first_step": 0, "steps": setup.schedule.steps, "strategy": "full", "selected": names,
             "recompute": [], "micro_batch": micro_batch,
             "accumulation": -(-setup.options.batch_size // micro_batch), "value": 0.0, "optimality_gap": 0.0,

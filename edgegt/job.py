@@ -7,26 +7,33 @@ and nothing is written to the run folder yet.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgegt import home
 from edgegt.cost import BatchShape
-from edgegt.data import Example, Row, TokenReport, parse_columns, read_rows, split_rows, tokenize
+from edgegt.data import BadRow, Example, Row, Source, TokenReport, parse_columns, read_rows, split_rows, tokenize
 from edgegt.device import Resolved, resolve_device
 from edgegt.errors import InputError
 from edgegt.host import Host, read_host
 from edgegt.options import RunOptions
-from edgegt.units import format_bytes
+from edgegt.units import format_bytes, format_text
 
 TWO_ROUNDS_FROM = 40
+BAD_ROWS_KEPT = 1000
+BAD_ROWS_SHOWN = 5
 ONLY_THE_HOUSEHOLD = "--data without --model: give --model too (the built-in model only knows its household)"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The user's rows as token ids, on two sides. reports: of the training side and of the held-out side."""
+    """The user's rows as token ids, on two sides.
+
+    reports: of the training side and of the held-out side; unread: rows without anything to learn, by reason; bad: of
+    each file its name and the rows that could not be read and were left out.
+    """
 
     name: str
     format: str
@@ -36,6 +43,7 @@ class Corpus:
     reports: tuple[TokenReport, TokenReport]
     unread: dict[str, int]
     separator: str
+    bad: tuple[tuple[str, tuple[BadRow, ...]], ...] = ()
 
     @property
     def longest_held_out(self) -> BatchShape:
@@ -51,17 +59,32 @@ class Corpus:
 
     def to_json(self) -> dict[str, Any]:
         """What became of every row of the data, for run.json."""
-        dropped = dict(self.unread)
+        listed = [(name, row) for name, rows in self.bad for row in rows]
+        dropped = dict(self.unread) | ({"bad row": len(listed)} if listed else {})
         for report in self.reports:
             for reason, count in report.dropped.items():
                 dropped[reason] = dropped.get(reason, 0) + count
         return {
             "name": self.name, "format": self.format, "separator": self.separator,
-            "rows": sum(report.rows for report in self.reports) + sum(self.unread.values()),
+            "rows": sum(report.rows for report in self.reports) + sum(self.unread.values()) + len(listed),
             "kept": sum(report.kept for report in self.reports), "cut": sum(report.cut for report in self.reports),
             "dropped": dropped, "train_rows": len(self.train), "eval_rows": len(self.held_out),
             "supervised_tokens": self.reports[0].supervised_tokens,
+            "bad_rows": [
+                {"file": name, "row": row.number, "reason": row.reason} for name, row in listed[:BAD_ROWS_KEPT]
+            ],
         }  # fmt: skip
+
+    def bad_lines(self) -> list[str]:
+        """Of each file with bad rows 'left out 2 bad rows of rows.jsonl: row 4 (malformed JSON at column 9), ...'."""
+        return [_bad_line(name, rows) for name, rows in self.bad if rows]
+
+
+def _bad_line(name: str, rows: tuple[BadRow, ...]) -> str:
+    shown = [f"row {row.number} ({row.reason})" for row in rows[:BAD_ROWS_SHOWN]]
+    more = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
+    count = "1 bad row" if len(rows) == 1 else f"{len(rows)} bad rows"
+    return f"left out {count} of {format_text(name)}: {', '.join(shown)}{more}"
 
 
 @dataclass(frozen=True)
@@ -111,29 +134,32 @@ def read_corpus(options: RunOptions, tokenizer: Any) -> Corpus:
     if options.data is None:
         return _household(options, tokenizer)
     columns = parse_columns(options.columns) if options.columns else None
-    source = read_rows(Path(options.data), columns)
+    source = read_rows(Path(options.data), columns, options.skip_bad_rows)
+    sources = [source]
     if options.eval_data is None:
         train, held = split_rows(source.rows, options.eval_fraction, options.seed)
     else:
-        train, held = list(source.rows), list(read_rows(Path(options.eval_data), columns).rows)
-    return _tokenised(options, tokenizer, source.name, source.format, train, held, [], source.dropped)
+        sources.append(read_rows(Path(options.eval_data), columns, options.skip_bad_rows))
+        train, held = list(source.rows), list(sources[1].rows)
+    return _tokenised(options, tokenizer, source.name, source.format, train, held, [], sources)
 
 
 def _household(options: RunOptions, tokenizer: Any) -> Corpus:
     train, held, general = (list(read_rows(path, None).rows) for path in (home.TRAIN, home.HELD_OUT, home.GENERAL))
-    return _tokenised(options, tokenizer, "household", "jsonl", train, held, general, {})
+    return _tokenised(options, tokenizer, "household", "jsonl", train, held, general, [])
 
 
 def _tokenised(
     options: RunOptions, tokenizer: Any, name: str, form: str, train: list[Row], held: list[Row], general: list[Row],
-    unread: dict[str, int],
+    sources: list[Source],
 ) -> Corpus:  # fmt: skip
     examples, report = tokenize(train, tokenizer, options.max_length)
     held_out, held_report = tokenize(held, tokenizer, options.max_length)
     other = tuple(tokenize(general, tokenizer, options.max_length)[0]) if general else ()
+    unread = sum((Counter(source.dropped) for source in sources), Counter[str]())
     return Corpus(
-        name, form, tuple(examples), tuple(held_out[: options.eval_rows]), other, (report, held_report), unread,
-        train[0].separator,
+        name, form, tuple(examples), tuple(held_out[: options.eval_rows]), other, (report, held_report), dict(unread),
+        train[0].separator, tuple((source.name, source.bad) for source in sources),
     )  # fmt: skip
 
 

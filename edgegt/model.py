@@ -65,6 +65,17 @@ class Int8Model:
                 return dequantize(weight)
             return dequantize(Int8Weight(weight.q[rows], weight.scale[rows]))
 
+    def reset(self, name: str) -> None:
+        """Put a linear or a vector back to what was loaded, frozen."""
+        if name in self.vectors:
+            self.vectors[name].data.copy_(self.store.tensor(name))
+            self.vectors[name].requires_grad_(False)
+        elif self.tied and name == self.head:
+            self.linears[name].restore(self.module.get_input_embeddings().weight)
+        else:
+            q, scale = (self.store.tensor(f"{name}.{part}").to(self.device) for part in ("q", "scale"))
+            self.linears[name].restore(Int8Weight(q, scale))
+
 
 def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device: torch.device) -> Int8Model:
     """The model in int8 on `device`, quantised into the cache on first use.

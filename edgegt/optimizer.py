@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from edgegt.errors import EdgegtError
+from edgegt.errors import NotFinite
 from edgegt.memory import SMALL_TENSOR
 from edgegt.native import Kernels
 
@@ -44,7 +44,7 @@ class Moments:
         return named
 
     @classmethod
-    def from_tensors(cls, named: dict[str, torch.Tensor]) -> Moments:
+    def from_tensors(cls, named: Mapping[str, torch.Tensor]) -> Moments:
         """The states that `tensors` gave."""
         return cls(int(named["step"]), named["first"], named["second"], named.get("absmax1"), named.get("absmax2"))
 
@@ -192,7 +192,7 @@ def schedule(kind: str, lr: float, step: int, steps: int, warmup: float) -> floa
 def clip(gradient: torch.Tensor, most: float, name: str = "") -> float:
     """Scale the gradient of `name` in place to the norm `most` if it is larger; returns the norm before.
 
-    Raises: EdgegtError when the norm is not finite.
+    Raises: NotFinite when the norm is not finite.
     """
     return clip_together([gradient], most, name)
 
@@ -200,14 +200,11 @@ def clip(gradient: torch.Tensor, most: float, name: str = "") -> float:
 def clip_together(gradients: Sequence[torch.Tensor], most: float, name: str = "") -> float:
     """Scale gradients in place so that their joint norm is at most `most`; returns the norm before.
 
-    Raises: EdgegtError when the norm is not finite, before anything is scaled; `name` says whose gradients they are.
+    Raises: NotFinite when the norm is not finite, before anything is scaled; `name` says whose gradients they are.
     """
     norm = math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in gradients))
     if not math.isfinite(norm):
-        raise EdgegtError(
-            f"the gradient{f' of {name}' if name else ''} is not finite (its norm is {norm}), nothing was updated by "
-            "it; lower --lr and run again"
-        )
+        raise NotFinite(f"the gradient{f' of {name}' if name else ''} is not finite (its norm is {norm})")
     if norm > most:
         for gradient in gradients:
             gradient.mul_(most / (norm + 1e-6))

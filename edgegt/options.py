@@ -5,21 +5,15 @@ in the run folder all come from this table. The command line wins over the file;
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgegt.errors import InputError, nearest
-from edgegt.profile import Profile
+from edgegt.profile import Profile, read_toml
 from edgegt.rates import seconds_for_energy
-from edgegt.units import parse_bytes, parse_duration, parse_energy
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edgegt.units import format_text, parse_bytes, parse_duration, parse_energy
 
 STRATEGY_NAMES = ("greentrainer", "greentrainer-dp", "last-layers", "bias", "random", "full")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -62,8 +56,14 @@ class RunOptions:
     eval_fraction: float = _option(0.1, "share of the rows held out for evaluation")
     eval_data: str | None = _option(None, "file with the held-out rows instead")
     eval_rows: int = _option(512, "held-out rows evaluated at most, the same before and after")
+    skip_bad_rows: bool = _option(False, "leave out rows that cannot be read, and list them, instead of refusing")
     seed: int = _option(0, "seed of shuffling, splits and random choices")
     threads: int | None = _option(None, "CPU threads (default: physical cores)")
+    checkpoint_every: str = _option("60s", "steps (such as 200) or time (such as 5m) between checkpoints")
+    min_battery: float | None = _option(
+        None, "percent of the battery below which the run waits for mains, with a checkpoint (default: any)"
+    )
+    only_on_mains: bool = _option(False, "wait, with a checkpoint, while the machine runs on its battery")
     examples: bool = _option(True, "keep examples of the user's text in the run folder")
 
     def __post_init__(self) -> None:
@@ -75,6 +75,22 @@ class RunOptions:
     def memory_bytes(self) -> int | None:
         """The memory budget in bytes, or None for the profile's."""
         return None if self.memory is None else parse_bytes(self.memory, "--memory")
+
+    @property
+    def checkpoint_interval(self) -> tuple[int | None, float | None]:
+        """Between two checkpoints: (steps, None) or (None, seconds)."""
+        text = self.checkpoint_every.strip()
+        try:
+            if text.isdecimal() and len(text) <= 64:
+                if 0 < int(text) <= 10**9:
+                    return int(text), None
+                raise InputError(text)
+            return None, parse_duration(text, "--checkpoint-every")
+        except InputError:
+            raise InputError(
+                f"--checkpoint-every '{format_text(text)}' is neither steps nor a time: write a positive number of "
+                "steps, or a time such as 90s or 5m"
+            ) from None
 
     @property
     def measures_importance(self) -> bool:
@@ -101,7 +117,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "weight_decay": (-1e-9, 1.0, "a number from 0 to 1"),
     "max_grad_norm": (0.0, 1e9, "a number greater than 0"),
     "eval_rows": (0.0, 1e9, "a positive whole number"),
+    "seed": (-1, 2**63 - 1, "a whole number from 0 to 2**63 - 1"),
     "threads": (0.0, 4096, "a positive whole number"),
+    "min_battery": (0.0, 100, "a percentage above 0 and at most 100, such as 20"),
 }
 
 
@@ -110,12 +128,20 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _shown(value: float) -> str:
+    """A number for a message; TOML can give whole numbers that are too large for Python to show."""
+    try:
+        return f"{value:g}"
+    except OverflowError:
+        return f"of {value.bit_length()} bits" if isinstance(value, int) else str(value)
+
+
 def _number_problems(options: RunOptions) -> list[str]:
     problems = []
     for name, (above, most, allowed) in _RANGES.items():
         value = getattr(options, name)
         if value is not None and not above < value <= most:
-            problems.append(f"{flag(name)} {value:g} is out of range: give {allowed}")
+            problems.append(f"{flag(name)} {_shown(value)} is out of range: give {allowed}")
     if not 0 < options.eval_fraction < 1:
         problems.append(f"--eval-fraction {options.eval_fraction:g} is out of range: give a number between 0 and 1")
     quantities = {"memory": parse_bytes, "time": parse_duration, "energy": parse_energy}
@@ -125,6 +151,10 @@ def _number_problems(options: RunOptions) -> list[str]:
                 parse(getattr(options, name), flag(name))
         except InputError as error:
             problems.append(str(error))
+    try:
+        _ = options.checkpoint_interval
+    except InputError as error:
+        problems.append(str(error))
     return problems
 
 
@@ -135,7 +165,10 @@ def _choice_problems(options: RunOptions) -> list[str]:
         value = getattr(options, item.name)
         if choices and value not in choices:
             known = ", ".join(choices)
-            problems.append(f"{flag(item.name)} '{value}' is not one of {known}{nearest(str(value), choices)}")
+            shown = format_text(value)
+            problems.append(f"{flag(item.name)} '{shown}' is not one of {known}{nearest(str(value), choices)}")
+        elif item.name != "columns" and isinstance(value, str) and any(one < " " or one == "\x7f" for one in value):
+            problems.append(f"{flag(item.name)} '{format_text(value)}' holds a control character: leave it out")
     return problems
 
 
@@ -150,29 +183,46 @@ def read_options(path: Path) -> dict[str, Any]:
 
     Raises: InputError for a missing file, malformed TOML, an unknown key (names the nearest) or a wrong type.
     """
+    shown = format_text(path, None)
     if not path.is_file():
-        raise InputError(f"options file '{path}' does not exist: give the path of a .toml file after --config")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML ({error}): write lines such as rho = 0.5") from error
+        raise InputError(f"options file '{shown}' does not exist: give the path of a .toml file after --config")
+    tree = read_toml(path, "rho = 0.5", "options file")
     known = {item.name: item for item in dataclasses.fields(RunOptions)}
     values: dict[str, Any] = {}
     for key, value in tree.items():
         name = key.replace("-", "_")
         if name not in known:
             near = nearest(name, known)
-            raise InputError(f"{path}: unknown key '{key}'{near}: `edgegt run --help` lists the options")
+            raise InputError(f"{shown}: unknown key '{format_text(key)}'{near}: `edgegt run --help` lists the options")
         values[name] = _checked(path, key, value, option_type(known[name]))
     return values
 
 
+def options_of(tree: Mapping[str, Any], path: Path) -> RunOptions:
+    """The options that a run wrote to a JSON file; those that only another version knows are left out.
+
+    Raises: InputError for a value of another type or out of range.
+    """
+    values = {}
+    for item in dataclasses.fields(RunOptions):
+        if item.name in tree:
+            value = tree[item.name]
+            empty = value is None and item.default is None
+            values[item.name] = value if empty else _checked(path, item.name, value, option_type(item))
+    return RunOptions(**values)
+
+
 def _checked(path: Path, key: str, value: Any, wanted: type) -> Any:
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300:
         return float(value)
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise InputError(f"{path}: {key} = {value!r} should be of type {wanted.__name__}: change the value")
-    return value
+    if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+        return value
+    try:
+        shown = format_text(repr(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists
+        shown = "(too long to show)"
+    where = f"{format_text(path, None)}: {key}"
+    raise InputError(f"{where} = {shown} should be of type {wanted.__name__}: change the value")
 
 
 def merge_options(file: Mapping[str, Any], command_line: Mapping[str, Any]) -> RunOptions:

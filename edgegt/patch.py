@@ -1,18 +1,20 @@
 """The patch: trained tensors in full precision, and what identifies the base they belong to.
 
 Of a linear of which only some output rows were trained it holds two tensors: '<name>', the values [R, in], and
-'<name>|rows', their sorted int64 index [R]. Such a patch has format 2, any other format 1, which older versions read.
+'<name>|rows', their sorted int64 index [R]. Such a patch has format 'sealed 2', any other 'sealed 1'.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgegt.errors import InputError
-from edgegt.folder import write_tensors
+from edgegt.sealed import SEAL, Item, read_sealed, write_sealed
+from edgegt.units import format_text
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
     Holder = Int8Linear | Int8Embedding | nn.Parameter
 
-FORMAT, ROWS_FORMAT = "1", "2"
+# Sealed patches and, without a checksum, those of before. No flipped bit makes one word of another.
+FORMAT, ROWS_FORMAT = "sealed 1", "sealed 2"
+OLD_FORMATS = ("1", "2")
 _ROWS = "|rows"
 
 
@@ -42,25 +46,55 @@ def save_patch(
     """
     kind = ROWS_FORMAT if any(name.endswith(_ROWS) for name in tensors) else FORMAT
     about = {"format": kind, "fingerprint": fingerprint, "model": model, "edgegt": version, "separator": separator}
-    write_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, about)
+    write_sealed(path, [Item.of(name, tensor) for name, tensor in tensors.items()], about)
 
 
 def read_patch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a patch. Raises: InputError when it is missing, damaged or not a patch."""
+    """Tensors and metadata of a patch; one without a seal, of an older version, is read all the same.
+
+    Raises: InputError when it is missing, damaged or not a patch.
+    """
     from safetensors import SafetensorError, safe_open
 
+    shown = format_text(path, None)
     if not path.is_file():
-        raise InputError(f"patch '{path}' does not exist: give the patch.safetensors of a run folder")
+        raise InputError(f"patch '{shown}' does not exist: give the patch.safetensors of a run folder")
     try:
         with safe_open(str(path), framework="pt") as handle:
             about = dict(handle.metadata() or {})
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"patch '{path}' is damaged ({error}): take it from the run folder again") from error
-    if about.get("format") not in (FORMAT, ROWS_FORMAT) or "fingerprint" not in about:
+        twice = _name_given_twice(path)
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # The library checks names, dtypes and offsets; sizes that no tensor can have are refused by torch.
+        reason = format_text(str(error).partition("\n")[0], 120)
+        raise InputError(f"patch '{shown}' is damaged ({reason}): take it from the run folder again") from error
+    if twice is not None:
+        raise _unfit(path, f"has '{format_text(twice)}' twice")
+    if about.get("format") not in (FORMAT, ROWS_FORMAT, *OLD_FORMATS) or "fingerprint" not in about:
         found = json.dumps(about)[:80]
-        raise InputError(f"'{path}' is not an edgegt patch (metadata {found}): give a patch.safetensors")
+        raise InputError(f"'{shown}' is not an edgegt patch (metadata {found}): give a patch.safetensors")
+    if about.pop(SEAL, None) is not None or about["format"] not in OLD_FORMATS:
+        try:
+            read_sealed(path)
+        except InputError as error:
+            raise InputError(f"patch {format_text(error, None)}: take it from the run folder again") from error
     return tensors, about
+
+
+def _name_given_twice(path: Path) -> str | None:
+    """A name that the header of a readable file gives twice, of which the library would take the last."""
+    found: list[str] = []
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        tree = dict(pairs)
+        if len(tree) < len(pairs):
+            found.append(Counter(name for name, _ in pairs).most_common(1)[0][0])
+        return tree
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        json.loads(file.read(length), object_pairs_hook=once)
+    return found[0] if found else None
 
 
 def apply_patch(model: Int8Model, path: Path) -> dict[str, str]:
@@ -72,17 +106,17 @@ def apply_patch(model: Int8Model, path: Path) -> dict[str, str]:
     tensors, about = read_patch(path)
     if about["fingerprint"] != model.fingerprint:
         raise InputError(
-            f"patch '{path}' was trained on another base ({about.get('model', '?')}, fingerprint "
-            f"{about['fingerprint'][:12]}) than '{model.source.name}' ({model.fingerprint[:12]}): give that base "
-            "with --model"
+            f"patch '{path}' was trained on another base ({format_text(about.get('model', '?'))}, fingerprint "
+            f"{format_text(about['fingerprint'][:12])}) than '{model.source.name}' ({model.fingerprint[:12]}): give "
+            "that base with --model"
         )
     values = {name: tensor for name, tensor in tensors.items() if not name.endswith(_ROWS)}
     for name in tensors.keys() - values.keys():
         if name.removesuffix(_ROWS) not in values:
-            raise _unfit(path, f"has '{name}' without the values of these rows")
+            raise _unfit(path, f"has '{format_text(name)}' without the values of these rows")
     holders = {name: _fitting_holder(model, path, name, tensors) for name in values}
     for name, value in values.items():
-        if not value.is_floating_point() or not all(bool(end.isfinite()) for end in value.aminmax()):
+        if not _finite(value):
             raise _unfit(path, f"has '{name}' as {value.dtype} with values that are not all finite floats")
     for name, holder in holders.items():
         rows = tensors.get(rows_name(name))
@@ -99,7 +133,9 @@ def _fitting_holder(model: Int8Model, path: Path, name: str, tensors: Mapping[st
 
     holder = _holder(model, name)
     if holder is None:
-        raise InputError(f"patch '{path}' has '{name}', which '{model.source.name}' does not: give the right base")
+        raise InputError(
+            f"patch '{path}' has '{format_text(name)}', which '{model.source.name}' does not: give the right base"
+        )
     given, held = tuple(tensors[name].shape), _shape(holder)
     rows = tensors.get(rows_name(name))
     if rows is not None:
@@ -115,27 +151,32 @@ def _fitting_holder(model: Int8Model, path: Path, name: str, tensors: Mapping[st
     return holder
 
 
+def _finite(value: torch.Tensor) -> bool:
+    """Whether these are floats as a patch has them, all of them finite. Torch cannot compare those of 8 and 4 bits."""
+    wide = value.is_floating_point() and value.element_size() >= 2
+    return wide and all(bool(end.isfinite()) for end in value.aminmax())
+
+
 def _unfit(path: Path, what: str) -> InputError:
-    return InputError(f"patch '{path}' {what}: take the patch from the run folder again")
+    return InputError(f"patch '{format_text(path, None)}' {what}: take the patch from the run folder again")
 
 
 def _holder(model: Int8Model, name: str) -> Holder | None:
     """What holds the tensor of this name: an int8 layer, an int8 embedding, or a float parameter; None for nothing."""
-    from torch import nn
-
     from edgegt.quant import Int8Embedding
 
     if name in model.linears:
         return model.linears[name]
     owner, _, short = name.rpartition(".")
-    try:
-        module = model.module.get_submodule(owner)
-    except AttributeError:
+    # Looked up in tables, because an attribute of the name that a stranger chose may compute anything.
+    module: nn.Module | None = model.module
+    for part in owner.split(".") if owner else ():
+        module = None if module is None else dict(module.named_children()).get(part)
+    if module is None:
         return None
     if isinstance(module, Int8Embedding):
         return module if short == "weight" else None
-    found = getattr(module, short, None)
-    return found if isinstance(found, nn.Parameter) else None
+    return dict(module.named_parameters(recurse=False)).get(short)
 
 
 def _shape(holder: Holder) -> tuple[int, ...]:

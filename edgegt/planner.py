@@ -9,8 +9,9 @@ saved costs.json is enough.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from edgegt.baselines import last_layers, published, random_order, vectors_only
 from edgegt.case import Case, bits
@@ -59,6 +60,16 @@ class Plan:
     peak_bytes: int
     memory: dict[str, int]
     notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Plan:
+        """The plan that `to_json` gave, after JSON too."""
+        lists = {name: tuple(tree[name]) for name in ("selected", "recompute", "notes")}
+        return cls(**{**tree, **lists, "formats": Formats(**tree["formats"])})
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgegt.architecture import positions_of
@@ -12,6 +15,7 @@ from edgegt.budget import Need, Probes, check_memory, check_time, flops_budget, 
 from edgegt.cache import cache_dir
 from edgegt.cost import CostTable
 from edgegt.device import Resolved
+from edgegt.errors import InputError
 from edgegt.host import Host, usable_cores
 from edgegt.job import (
     Corpus,
@@ -25,17 +29,42 @@ from edgegt.job import (
     within_positions,
 )
 from edgegt.log import Log
-from edgegt.options import RunOptions
+from edgegt.options import RunOptions, flag
 from edgegt.planner import FORMATS
 from edgegt.process import trim
 from edgegt.rates import Rates
 from edgegt.source import Source, load_tokenizer, open_source, read_config
+from edgegt.version import __version__
 from edgegt.watch import MemoryWatch
 
 if TYPE_CHECKING:
     import torch
 
     from edgegt.quant import Choice
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What depends on a clock or on free memory, or must not change: decided once, before the first step.
+
+    data: SHA-256 of each data file. lines: what was said when the kernels were chosen.
+    """
+
+    version: str
+    backend: str
+    lines: tuple[str, ...]
+    threads: int
+    eight_bit: bool
+    rates: dict[str, float]
+    floor_bytes: int
+    prepared_bytes: int
+    memory_bytes: int
+    data: dict[str, str]
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Decisions:
+        """The decisions that `asdict` gave, after JSON too."""
+        return cls(**{**tree, "lines": tuple(tree["lines"])})
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,7 @@ class Setup:
     rates: Rates
     started: float
     seconds: float | None
+    decisions: Decisions
 
     @property
     def seconds_left(self) -> float | None:
@@ -89,9 +119,15 @@ class Setup:
         return rows_that_fit(lambda rows: self.need.answer_bytes(rows, held_bytes), most, self.memory_bytes)
 
 
-def prepare(options: RunOptions, log: Log) -> Setup:
-    """Read, tokenise, trace and check. Raises: InputError or BudgetError for whatever would stop the run later."""
+def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spent_s: float = 0.0) -> Setup:
+    """Read, tokenise, trace and check. Raises: InputError or BudgetError for whatever would stop the run later.
+
+    decided: of a run that is resumed, which has taken `spent_s` seconds so far.
+    """
     started, name = time.perf_counter(), model_name(options)
+    digests = data_digests(options)
+    if decided is not None:
+        _check_unchanged(decided, digests, log)
     resolved, host = resolve(options)
     if resolved.notice:
         log.say(f"device: {resolved.notice}")
@@ -103,26 +139,33 @@ def prepare(options: RunOptions, log: Log) -> Setup:
     if options.max_length < given and corpus.reports[0].cut:
         log.fallback(f"the model knows {options.max_length} positions: rows are cut to that, not to {given}")
     log.say(f"data: {corpus.name} ({corpus.format}), to train on {corpus.reports[0].line()}")
+    for line in corpus.bad_lines():
+        log.fallback(line)
     log.say(f"held out: {corpus.reports[1].rows} rows, {len(corpus.held_out)} of them evaluated")
 
-    device, watch = start_torch(options, resolved, log)
+    device, watch = start_torch(options, resolved, log, decided.threads if decided else None)
     schedule = make_schedule(options, corpus.train)
-    kernels = choose_kernels(device, log)
+    kernels = choose_kernels(device, log, decided.backend if decided else None)
     table = _trace(config, kernels.backend.kernels is not None)
     _use_everything_once(kernels, device)
-    eight_bit = eight_bit_states(kernels, device, log)
-    rates = machine_rates(kernels, device, config, table, schedule, eight_bit)
+    if decided is None:
+        eight_bit = eight_bit_states(kernels, device, log)
+        rates = machine_rates(kernels, device, config, table, schedule, eight_bit)
+    else:
+        eight_bit, rates = decided.eight_bit, Rates(**decided.rates)
     trim()
     vocabulary = int(config.get_text_config().vocab_size)
     need = Need(
-        table, watch.now(), vocabulary, corpus.longest_held_out,
+        table, decided.floor_bytes if decided else watch.now(), vocabulary, corpus.longest_held_out,
         formats=tuple(formats for formats in FORMATS if eight_bit or formats.states == "float32"),
         head_rows=head_forms(len(corpus.used_tokens), vocabulary), rates=rates,
-        copy_bytes=table.largest_weight if device.type == "cuda" else 0, prepared_bytes=watch.peak(),
+        copy_bytes=table.largest_weight if device.type == "cuda" else 0,
+        prepared_bytes=decided.prepared_bytes if decided else watch.peak(),
     )  # fmt: skip
-    memory_bytes, less = memory_budget(options, resolved, host)
+    memory_bytes, less = (decided.memory_bytes, None) if decided else memory_budget(options, resolved, host)
     if less:
         log.fallback(less)
+    watch.hold(memory_bytes)
     rho = 1.0 if options.strategy == "full" else options.rho or resolved.profile.rho
     if options.strategy == "full":
         probes, flops = Probes(0, 0), table.full_work().total(schedule.shapes)
@@ -131,16 +174,47 @@ def prepare(options: RunOptions, log: Log) -> Setup:
         probes = plan_probes(options, schedule, rho, need, memory_bytes) if probing else Probes(0, 0)
         flops = flops_budget(rho, options, need, schedule, probes)
         check_memory(memory_bytes, options, need, schedule)
+    decisions = decided or Decisions(
+        __version__, kernels.backend.name, kernels.lines, torch_threads(), eight_bit, asdict(rates),
+        need.floor_bytes, need.prepared_bytes, memory_bytes, digests,
+    )  # fmt: skip
     setup = Setup(
         options=options, resolved=resolved, host=host, source=source, config=config, tokenizer=tokenizer,
         corpus=corpus, schedule=schedule, need=need, probes=probes, rho=rho, flops=flops,
         full_flops=table.full_work().total(schedule.shapes), memory_bytes=memory_bytes,
         lr=options.lr or default_lr(config), kernels=kernels, device=device, watch=watch, rates=rates,
-        started=started, seconds=options.seconds_of(resolved.profile),
+        started=started - spent_s, seconds=options.seconds_of(resolved.profile), decisions=decisions,
     )  # fmt: skip
-    if options.strategy != "full":
+    if options.strategy != "full" and decided is None:
         check_time(setup.seconds, time.perf_counter() - started, options, need, schedule, probes)
     return setup
+
+
+def data_digests(options: RunOptions) -> dict[str, str]:
+    """SHA-256 of the user's files, by option; of files that are there."""
+    found = {}
+    for name in ("data", "eval_data"):
+        path = getattr(options, name)
+        if path is not None and Path(path).is_file():
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+            found[name] = digest.hexdigest()
+    return found
+
+
+def _check_unchanged(decided: Decisions, digests: dict[str, str], log: Log) -> None:
+    """Raises: InputError when the run's data is not what it was; another version of edgegt is said."""
+    for name, digest in decided.data.items():
+        if digests.get(name) != digest:
+            state = "is another file than it was" if name in digests else "is not there any more"
+            raise InputError(
+                f"{flag(name)} of this run {state}, and the run cannot go on as it began: put the file back, or begin "
+                "a new run"
+            )
+    if decided.version != __version__:
+        log.fallback(f"the run was begun by edgegt {decided.version}, this is {__version__}: bits may differ")
 
 
 def default_lr(config: Any) -> float:
@@ -148,11 +222,20 @@ def default_lr(config: Any) -> float:
     return 0.4 / float(config.get_text_config().hidden_size)
 
 
-def start_torch(options: RunOptions, resolved: Resolved, log: Log) -> tuple[torch.device, MemoryWatch]:
-    """Threads and seeds set, and the device that this run computes on."""
+def torch_threads() -> int:
+    """CPU threads that torch uses now."""
     import torch
 
-    torch.set_num_threads(options.threads or usable_cores())
+    return torch.get_num_threads()
+
+
+def start_torch(
+    options: RunOptions, resolved: Resolved, log: Log, threads: int | None = None
+) -> tuple[torch.device, MemoryWatch]:
+    """Threads and seeds set, and the device that this run computes on. threads: as decided before."""
+    import torch
+
+    torch.set_num_threads(threads or options.threads or usable_cores())
     torch.manual_seed(options.seed)
     gpu = resolved.profile.kind in ("jetson", "geforce") and torch.cuda.is_available()
     if torch.cuda.is_available() and not gpu:
@@ -163,15 +246,17 @@ def start_torch(options: RunOptions, resolved: Resolved, log: Log) -> tuple[torc
     return torch.device("cuda" if gpu else "cpu"), watch
 
 
-def choose_kernels(device: torch.device, log: Log) -> Choice:
-    """The int8 backend whose kernels ran and agreed here; a backend left out is said."""
+def choose_kernels(device: torch.device, log: Log, decided: str | None = None) -> Choice:
+    """The int8 backend whose kernels ran and agreed here; a backend left out is said. decided: the one of this run."""
     from edgegt.errors import EdgegtError
     from edgegt.native import reuse_memory
     from edgegt.quant import choose_backend
 
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
-    choice = choose_backend(device, cache)
+    choice = choose_backend(device, cache, decided)
+    if decided not in (None, choice.backend.name):
+        log.fallback(f"the kernels '{decided}' of this run do not work here any more: bits may differ")
     for line in choice.lines:
         log.fallback(line)
     if choice.backend.kernels is not None:

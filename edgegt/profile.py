@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgegt.errors import InputError, nearest
-from edgegt.units import GIB, MIB, format_bytes
+from edgegt.units import GIB, MIB, format_bytes, format_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,6 +59,9 @@ TRAINING_RATES = {"int8_back": "int8_back", "dw": "dw", "attention": "attention"
                   "backward_bytes": "backward_bytes", "logits": "logits", "optimizer": "optimizer",
                   "optimizer_float32": "optimizer_float32", "dispatch": "dispatch_s",
                   "update": "update_s"}  # fmt: skip
+# No profile comes near. The TOML reader needs time with the square of a dotted key's length.
+_MOST_TOML = 65536
+_MOST_DOTS = 100
 _STANDS_IN = {"int8": ("fp16", "fp32"), "fp16": ("fp32",), "bf16": ("fp32",), "fp32": ()}
 
 
@@ -126,8 +129,8 @@ def load_profile(path: Path) -> Profile:
     Raises: InputError `file: key = value: what was allowed; remedy` for the first thing that is wrong.
     """
     path = Path(path)
-    tree = _parse(path)
-    sources = _flatten(tree.pop("sources", {}))
+    tree = read_toml(path, 'total = "8 GiB"', "profile")
+    sources = _flatten(path, tree.pop("sources", {}))
     values, numbers = _read_tables(path, tree)
     modes = _power_modes(path, values)
     _check_sources(path, sources, numbers)
@@ -165,20 +168,36 @@ def _wrong(path: Path, key: str, value: object, problem: str) -> InputError:
     try:
         shown = "(missing)" if value is None else json.dumps(value, ensure_ascii=False)
     except TypeError:  # a date or a time, which JSON has no word for
-        shown = str(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return InputError(" ".join(f"{path}: {key} = {shown}: {problem}".split()))
+        shown = f"{value}"
+    except (ValueError, RecursionError):  # a hexadecimal number of thousands of digits, or tables in tables
+        shown = "(too long to show)"
+    line = f"{format_text(path, None)}: {format_text(key)} = {format_text(shown)}: {format_text(problem, 400)}"
+    return InputError(" ".join(line.split()))
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    """The TOML tree, or one line that says why there is none."""
+def read_toml(path: Path, example: str, kind: str) -> dict[str, Any]:
+    """The tree of a small TOML file. example, kind: a right line and the name of such a file, for the message.
+
+    Raises: InputError `file: why; remedy` for a file that is missing, too large or not TOML.
+    """
+    shown = format_text(path, None)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(_MOST_TOML + 1)
+        if len(raw) > _MOST_TOML:
+            raise InputError(f"{shown}: is larger than {_MOST_TOML // 1024} KiB; give a {kind} written by hand")
+        if any(line.count(b".") > _MOST_DOTS for line in raw.split(b"\n")):
+            raise InputError(f"{shown}: has more than {_MOST_DOTS} dots in one line; write lines such as {example}")
+        return tomllib.loads(raw.decode("utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a .toml profile") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f'{path}: is not TOML in UTF-8 ({reason}); write lines such as total = "8 GiB"') from None
+        raise InputError(f"{shown}: cannot be read ({error.strerror}); give the path of a .toml {kind}") from None
+    except RecursionError:
+        raise InputError(f"{shown}: has too many brackets in brackets; write lines such as {example}") from None
+    except ValueError as error:  # also of Python, for a NUL in the path and a number of thousands of digits
+        if "Exceeds the limit" in str(error):
+            raise InputError(f"{shown}: has a number of thousands of digits; write lines such as {example}") from None
+        reason = format_text(" ".join(str(error).split()), 120)
+        raise InputError(f"{shown}: is not valid TOML in UTF-8 ({reason}); write lines such as {example}") from None
 
 
 def _convert(kind: str, value: object) -> Any:
@@ -209,11 +228,11 @@ def _quantity(kind: str, value: object) -> float:
     """A number with a unit of this kind, in the base unit. Raises: ValueError as `_convert`."""
     units = _UNITS[kind]
     how = f'must be a {kind}: a positive number and {" or ".join(units)}; write "8 {next(iter(units))}"'
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([A-Za-z/]+)", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([A-Za-z/]+)", value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(how)
     if match[2] not in units:
-        raise ValueError(f"unit '{match[2]}' is wrong here, {how}")
+        raise ValueError(f"unit '{format_text(match[2], 20)}' is wrong here, {how}")
     if float(match[1]) <= 0:
         raise ValueError(f"is not positive, {how}")
     return float(match[1]) * units[match[2]]
@@ -279,20 +298,27 @@ def _power_modes(path: Path, values: dict[str, Any]) -> tuple[PowerMode, ...]:
     return tuple(modes)
 
 
-def _flatten(tree: object, prefix: str = "") -> dict[str, Any]:
+def _flatten(path: Path, tree: object) -> dict[str, Any]:
     """{'memory': {'total': text}} as {'memory.total': text}."""
     if not isinstance(tree, dict):
-        return {prefix: tree}
+        raise _wrong(path, "[sources]", tree, 'must be a table; write [sources] and lines key = "where it is from"')
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    for table, value in tree.items():
+        pending = [(table, value)]
+        while pending:
+            prefix, inner = pending.pop()
+            if isinstance(inner, dict):
+                pending += [(f"{prefix}.{key}", deeper) for key, deeper in reversed(inner.items())]
+            else:
+                flat[prefix] = inner
     return flat
 
 
 def _check_sources(path: Path, sources: dict[str, Any], numbers: list[str]) -> None:
     """Every number has a source that is a text, and every source belongs to a number."""
+    known = set(numbers)
     for key, text in sources.items():
-        if key not in numbers:
+        if key not in known:
             problem = f"names no number of this file{nearest(key, numbers)}; remove it or correct the key"
             raise _wrong(path, f"sources.{key}", text, problem)
         if not (isinstance(text, str) and text.strip()):

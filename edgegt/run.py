@@ -1,24 +1,29 @@
-"""`edgegt run`, as one list of calls, each of which leaves its result in the run folder."""
+"""`edgegt run`, as one list of calls, each of which leaves its result in the run folder.
+
+The folder is made first, with the options in it. From the first plan on there is a checkpoint, and a run that was
+killed goes on from its last one.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from edgegt.budget import ANSWER_TOKENS
-from edgegt.errors import BudgetError
-from edgegt.folder import RunFolder, check_output, new_folder
+from edgegt.checkpoint import Checkpoints, Saved
+from edgegt.disk import read_lines, remove_halves
+from edgegt.errors import BudgetError, EdgegtError, InputError, Interrupted
+from edgegt.folder import RunFolder, check_output, claim_folder, lasting, open_folder
+from edgegt.keeper import Keeper, Machine
 from edgegt.log import Log
-from edgegt.options import RunOptions
-from edgegt.prepare import Setup, prepare
+from edgegt.options import RunOptions, options_of
+from edgegt.prepare import Decisions, Setup, prepare
 from edgegt.process import share_the_machine, terminated_is_interrupted, trim
 from edgegt.units import format_duration
 from edgegt.version import __version__
@@ -28,74 +33,178 @@ EVALUATION_MARGIN = 1.2
 SAVING_S = 4.0
 
 
-@dataclass
-class Outcome:
-    """What run.json says, gathered while the run goes on."""
-
-    started: float = field(default_factory=time.perf_counter)
-    predicted_peak: int = 0
-    predicted_flops: int = 0
-    predicted_step_s: float = 0.0
-    device_step_s: float = 0.0
-    memory_terms: dict[str, int] = field(default_factory=dict)
-    measured_terms: dict[str, int] = field(default_factory=dict)
-
-
-def run(options: RunOptions, log: Log | None = None, command: str = "") -> Path:
+def run(options: RunOptions, log: Log | None = None, command: str = "", machine: Machine | None = None) -> Path:
     """Personalise a model as `options` say; returns the run folder.
 
-    Raises: InputError and BudgetError before a run folder exists; Interrupted when stopped, with the work saved;
-    EdgegtError when training fails.
+    machine: where it hears of heat, battery and memory; by default from this one. Raises: InputError and BudgetError,
+    without a run folder; Interrupted when stopped, with the work saved; EdgegtError when training fails.
     """
     log = log or Log()
-    outcome = Outcome()
     share_the_machine()
     with terminated_is_interrupted():
         check_output(options.output)
-        setup = prepare(options, log)
-        trainee = _trainee(setup, log)
-        folder = new_folder(options.output, setup.source.name, setup.resolved.profile.name)
+        folder = claim_folder(options)
         log.say(f"run folder: {folder.path}")
-        _record_inputs(setup, folder)
-        began = time.perf_counter()
-        before = evaluate(setup, trainee, log, "before")
-        trainee.after_s = EVALUATION_MARGIN * (time.perf_counter() - began) + SAVING_S
-        _check_time_left(setup, trainee, folder)
-        folder.write("eval.json", {"before": before.numbers, "examples": []})
         try:
-            trainee.train(folder, outcome)
+            return _Session(folder, options, log, command, machine or Machine(), None).go()
+        except BaseException as error:
+            if not Checkpoints(folder.checkpoints).any():
+                folder.remove()  # not a step was made, and nothing was decided
+            raise _with_a_way_on(error, folder) from error.__cause__
+
+
+def resume(path: Path, log: Log | None = None, command: str = "", machine: Machine | None = None) -> Path:
+    """Go on with a run that was broken off, from its last checkpoint, or from the start where it has none.
+
+    Returns the run folder. Raises: InputError when it is no run folder, is in use, or its data changed; as `run`.
+    """
+    log = log or Log()
+    share_the_machine()
+    with terminated_is_interrupted():
+        folder = open_folder(path)
+        try:
+            if folder.finished:
+                log.say(f"'{path}' is finished: nothing is left to do")
+                Checkpoints(folder.checkpoints).remove()
+                if not (path / "report.html").is_file():
+                    write_report_apart(path, log)
+                return path
+            remove_halves(path)
+            saved = Checkpoints(folder.checkpoints).newest(log.fallback)
+            options = folder.options() if saved is None else options_of(saved.state["options"], saved.sealed.path)
+            if saved is None:
+                log.say(f"'{path}' has no checkpoint: the run starts over")
+                folder.clear()
+            else:
+                log.say(f"going on with '{path}' after step {saved.state['step']}")
+            return _Session(folder, options, log, command, machine or Machine(), saved).go()
+        except BaseException as error:
+            raise _with_a_way_on(error, folder) from error.__cause__
         finally:
-            log.end_steps()
-            trainee.save(folder)
-            _record_run(setup, folder, log, trainee, outcome, command)
-            if not trainee.complete:
-                _leave(folder, trainee, log)
-        after = evaluate(setup, trainee, log, "after")
-        folder.write("eval.json", _evaluation(setup, before, after))
-        _record_run(setup, folder, log, trainee, outcome, command)
+            folder.release()
+
+
+def _with_a_way_on(error: BaseException, folder: RunFolder) -> BaseException:
+    """The error; one that broke the run off says how it goes on."""
+    folder.release()
+    saved = Checkpoints(folder.checkpoints).any()
+    if saved and isinstance(error, KeyboardInterrupt):
+        return Interrupted(f"stopped; what was trained is saved, `edgegt run --resume {folder.path}` goes on", 130)
+    if saved and isinstance(error, Interrupted) and "--resume" not in str(error):
+        error.args = (f"{error}; `edgegt run --resume {folder.path}` goes on",)
+    if saved and isinstance(error, EdgegtError) and not isinstance(error, (InputError, Interrupted)):
+        said = str(error)
+        if "--resume" not in said:
+            error.args = (f"{said}; `edgegt run --resume {folder.path}` then goes on from the last checkpoint",)
+    return error
+
+
+@dataclass
+class _Session:
+    """One process's part of a run. saved: the checkpoint that it goes on from."""
+
+    folder: RunFolder
+    options: RunOptions
+    log: Log
+    command: str
+    machine: Machine
+    saved: Saved | None
+
+    def go(self) -> Path:
+        """From the input to the report; returns the run folder."""
+        state = self.saved.state if self.saved else {}
+        self.log.fallbacks += [line for line in state.get("fallbacks", ()) if line not in self.log.fallbacks]
+        decided = Decisions.from_json(state["decisions"]) if state else None
+        setup = prepare(self.options, self.log, decided, state.get("seconds_spent", 0.0))
+        keeper = keeper_of(setup, self.folder, self.log, self.machine)
+        trainee = trainee_of(setup, self.log, keeper)
+        keeper.sessions = [*state.get("sessions", []), {"command": self.command, "from_step": state.get("step", 0)}]
+        if state.get("fingerprint", trainee.fingerprint) != trainee.fingerprint:
+            raise InputError(
+                f"the model of this run is another than it was ('{setup.source.directory}'): put it back, or begin a "
+                "new run"
+            )
+        if self.saved is None:
+            before = self._begin(setup, trainee, keeper)
+        else:
+            before = Evaluation(**state["evaluated"])
+            trainee.restore(self.saved)
+            trainee.after_s = state["after_s"]
+            keeper.resumed(state["step"])
+        self.saved = None
+        keeper.common |= {"evaluated": asdict(before), "after_s": trainee.after_s}
+        try:
+            trainee.train()
+        finally:
+            self.log.end_steps()
+            self._end(setup, trainee, keeper)
+        after = evaluate(trainee.setup, trainee, self.log, "after")
+        self.folder.write("eval.json", _evaluation(setup, before, after))
+        keeper.close()
+        _record_run(self.folder, self.log, trainee, keeper, self.command, finished=True)
+        keeper.checkpoints.remove()
         del trainee
-        write_report_apart(folder.path, log)
-        log.say(summary(folder))
-    return folder.path
+        write_report_apart(self.folder.path, self.log)
+        self.log.say(summary(self.folder))
+        self.folder.release()
+        return self.folder.path
+
+    def _begin(self, setup: Setup, trainee: Any, keeper: Keeper) -> Evaluation:
+        _record_inputs(setup, self.folder)
+        began = time.perf_counter()
+        before = evaluate(setup, trainee, self.log, "before")
+        trainee.after_s = EVALUATION_MARGIN * (time.perf_counter() - began) + SAVING_S
+        _check_time_left(setup, trainee)
+        self.folder.write("eval.json", {"before": before.numbers, "examples": []})
+        return before
+
+    def _end(self, setup: Setup, trainee: Any, keeper: Keeper) -> None:
+        """After training, or what there was of it: the patch, the record, and of a stopped run the report so far."""
+        failing = sys.exc_info()[1]
+        try:
+            if trainee.progress.step:
+                trainee.save()
+            keeper.close()
+            _record_run(self.folder, self.log, trainee, keeper, self.command, finished=False)
+        except EdgegtError:
+            if failing is None:
+                raise
+            return  # the first error is the one to tell
+        if failing is not None and trainee.progress.step:
+            write_report_apart(self.folder.path, self.log)
 
 
-def _trainee(setup: Setup, log: Log) -> Any:
+def keeper_of(setup: Setup, folder: RunFolder, log: Log, machine: Machine | None = None) -> Keeper:
+    """The keeper of a run with this setup."""
+    options = asdict(lasting(setup.options))
+    common = {"version": __version__, "options": options, "decisions": asdict(setup.decisions)}
+    return Keeper(
+        folder, setup.options, setup.resolved.profile.ceiling_c, setup.watch, setup.memory_bytes, machine or Machine(),
+        log, common, setup.started,
+    )  # fmt: skip
+
+
+def trainee_of(setup: Setup, log: Log, keeper: Keeper) -> Any:
     """The loaded model in the form that the strategy trains. Raises: InputError for files that are no such model."""
+    trainee: Any
     if setup.options.strategy == "full":
         from edgegt.full import FloatTrainee
 
-        return FloatTrainee(setup, log)
-    from edgegt.trainee import Int8Trainee
+        trainee = FloatTrainee(setup, log, keeper)
+    else:
+        from edgegt.trainee import Int8Trainee
 
-    return Int8Trainee(setup, log)
+        trainee = Int8Trainee(setup, log, keeper)
+    keeper.kept = trainee
+    keeper.common["fingerprint"] = trainee.fingerprint
+    return trainee
 
 
-def _check_time_left(setup: Setup, trainee: Any, folder: RunFolder) -> None:
-    """Raises: BudgetError when the evaluations leave no time to train; the empty run folder is removed."""
+def _check_time_left(setup: Setup, trainee: Any) -> None:
+    """Raises: BudgetError when the evaluations leave no time to train."""
     left = setup.seconds_left
     if left is None or left > trainee.after_s:
         return
-    shutil.rmtree(folder.path, ignore_errors=True)
     assert setup.seconds is not None
     needed = math.ceil(1.5 * (setup.seconds - left + trainee.after_s))
     raise BudgetError(
@@ -105,19 +214,7 @@ def _check_time_left(setup: Setup, trainee: Any, folder: RunFolder) -> None:
     )
 
 
-def _leave(folder: RunFolder, trainee: Any, log: Log) -> None:
-    """After a stop or a failure: a report of what there is, or no folder when not a step was made."""
-    if trainee.progress.step == 0:
-        shutil.rmtree(folder.path, ignore_errors=True)
-    else:
-        write_report_apart(folder.path, log)
-
-
 def _record_inputs(setup: Setup, folder: RunFolder) -> None:
-    given = asdict(setup.options)
-    for name in ("data", "eval_data"):  # so that the run can be evaluated again from any folder
-        given[name] = str(Path(given[name]).resolve()) if given[name] else None
-    folder.write("options.json", given)
     folder.write("profile.json", setup.resolved.profile.to_json())
     folder.write("costs.json", setup.need.table.to_json())
 
@@ -175,16 +272,21 @@ def _evaluation(setup: Setup, before: Evaluation, after: Evaluation) -> dict[str
     return {"before": before.numbers, "after": after.numbers, "examples": examples}
 
 
-def _record_run(setup: Setup, folder: RunFolder, log: Log, trainee: Any, outcome: Outcome, command: str) -> None:
+def _record_run(
+    folder: RunFolder, log: Log, trainee: Any, keeper: Keeper, command: str, finished: bool
+) -> None:  # fmt: skip
+    setup, predicted = trainee.setup, trainee.predicted
     profile = setup.resolved.profile
-    steps = [json.loads(line) for line in folder.metrics.read_text().splitlines()] if folder.metrics.exists() else []
+    steps = read_lines(folder.metrics)
     done = sum(entry["tokens_per_s"] * entry["step_s"] for entry in steps)
     train_s = sum(entry["step_s"] for entry in steps)
-    full_done = setup.need.table.full_work().total(setup.schedule.shapes[: len(steps)])
+    progress = trainee.progress
+    full_done = setup.need.table.full_work().total(setup.schedule.shapes[: progress.step])
     measured: dict[str, Any] = {
-        "peak_bytes": setup.watch.peak(), "floor_bytes": setup.need.floor_bytes, "train_s": train_s,
-        "elapsed_s": time.perf_counter() - outcome.started, "flops": trainee.meter.total,
-        "probe_flops": trainee.probe_flops, "steps": len(steps), "flops_by_kind": dict(trainee.meter.by_kind),
+        "peak_bytes": setup.watch.peak_ever(), "floor_bytes": setup.need.floor_bytes, "train_s": train_s,
+        "elapsed_s": time.perf_counter() - setup.started, "flops": trainee.meter.total,
+        "probe_flops": trainee.probe_flops, "steps": progress.step, "flops_by_kind": dict(trainee.meter.by_kind),
+        "dropped_steps": len(progress.dropped), "paused_s": keeper.pacer.paused_s,
     }  # fmt: skip
     if steps:
         measured["flops_ratio"] = trainee.meter.total / full_done
@@ -200,14 +302,14 @@ def _record_run(setup: Setup, folder: RunFolder, log: Log, trainee: Any, outcome
         "data": setup.corpus.to_json(),
         "budget": {"rho": setup.rho, "flops": setup.flops, "memory_bytes": setup.memory_bytes,
                    "seconds": setup.seconds},
-        "predicted": {"flops_ratio": outcome.predicted_flops / setup.full_flops, "flops": outcome.predicted_flops,
-                      "peak_bytes": outcome.predicted_peak, "step_s": outcome.predicted_step_s,
-                      "device_step_s": outcome.device_step_s, "floor_bytes": setup.need.floor_bytes},
-        "measured": measured, "full_flops": setup.full_flops, "memory_terms": outcome.memory_terms,
-        "measured_terms": outcome.measured_terms, "lr": setup.lr,
+        "predicted": {"flops_ratio": predicted.flops / setup.full_flops, "flops": predicted.flops,
+                      "peak_bytes": predicted.peak, "step_s": predicted.step_s,
+                      "device_step_s": predicted.device_step_s, "floor_bytes": setup.need.floor_bytes},
+        "measured": measured, "full_flops": setup.full_flops, "memory_terms": predicted.memory_terms,
+        "measured_terms": predicted.measured_terms, "lr": setup.lr * progress.lr_scale,
         "backend": trainee.backend, "threads": _threads(), "fallbacks": list(log.fallbacks),
         "power": {"watts": profile.power.watts, "mode": profile.power.name, "source": "profile"},
-        "finished": trainee.complete,
+        "sessions": keeper.sessions, "finished": finished,
     })  # fmt: skip
 
 

@@ -8,32 +8,47 @@ that master and those states. Of the head, some rows may be trained alone; they 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from edgegt.errors import EdgegtError
-from edgegt.folder import write_tensors
+from edgegt.errors import EdgegtError, InputError
 from edgegt.memory import Formats
 from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW, Moments
 from edgegt.patch import rows_name
+from edgegt.sealed import Item, read_sealed, write_sealed
 
 MASTER, ROWS = "master", "rows"
 _MASTERS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@dataclass(frozen=True)
+class Resting:
+    """A demoted tensor on disk: its file, and the checksum that the file must have."""
+
+    path: Path
+    seal: str
+
+
 class Trainables:
-    """The trained tensors of one model, by name. parked: the folder that demoted ones go to."""
+    """The trained tensors of one model, by name. parked: the folder that demoted ones go to.
+
+    before_update: called with a tensor's name before it changes; before_selection: before any is promoted or demoted.
+    A checkpoint that is being written makes them wait.
+    """
 
     def __init__(self, model: Int8Model, optimizer: AdamW, parked: Path | None = None) -> None:
         self.model = model
         self.optimizer = optimizer
         self.parked = parked
         self.live: dict[str, nn.Parameter] = {}
-        self.resting: dict[str, Path] = {}
+        self.resting: dict[str, Resting] = {}
+        self.before_update: Callable[[str], None] = lambda name: None
+        self.before_selection: Callable[[], None] = lambda: None
         self.formats = Formats(states="8-bit" if optimizer.eight_bit else "float32")
         self.head_rows: torch.Tensor | None = None
 
@@ -50,6 +65,7 @@ class Trainables:
     def select(self, names: Iterable[str]) -> None:
         """Make exactly these tensors trainable. Raises: KeyError for a name that cannot be trained."""
         wanted = list(names)
+        self.before_selection()
         for name in [name for name in self.live if name not in wanted]:
             self._demote(name)
         for name in wanted:
@@ -58,6 +74,7 @@ class Trainables:
 
     def step(self, name: str, gradient: torch.Tensor, lr: float) -> None:
         """One optimizer step of one tensor, and its planes after it."""
+        self.before_update(name)
         self.optimizer.update(name, self.live[name].data, gradient, lr)
         if name in self.model.linears:
             self.model.linears[name].refresh()
@@ -76,10 +93,35 @@ class Trainables:
         return found
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """What continues the live tensor `name`, on the CPU: 'master', 'rows' of a head, and optimizer states."""
+        """What continues the live tensor `name`, as it is held: 'master', 'rows' of a head, and optimizer states.
+
+        A matrix that was not updated yet has nothing: it begins from the pretrained model.
+        """
         state = self.optimizer.states.get(name)
-        found = self._kept(name) | (state.tensors() if state else {})
-        return {key: value.cpu().contiguous() for key, value in found.items()}
+        if state is None and name in self.model.linears:
+            return {}
+        return self._kept(name) | (state.tensors() if state else {})
+
+    def restore(
+        self, live: Iterable[str], saved: Callable[[str], Mapping[str, torch.Tensor]],
+        resting: Mapping[str, Resting] | None = None,
+    ) -> None:  # fmt: skip
+        """Put back live tensors, from what `tensors` gave of each (`saved`, called one at a time), and resting ones.
+
+        Whatever was selected since is put back too. Raises: EdgegtError when a file is damaged.
+        """
+        names, places = list(live), dict(resting or {})
+        for name in {*self.live, *self.resting} - {*names, *places}:
+            self.model.reset(name)
+            self.optimizer.states.pop(name, None)
+        for name, place in places.items():
+            if self.resting.get(name) != place:
+                self._wake(name, self._read(place))
+                self._rest(name)
+        self.live.clear()
+        self.resting = places
+        for name in names:
+            self._wake(name, {key: value.to(self.model.device) for key, value in saved(name).items()})
 
     def release(self) -> None:
         """End training: drop masters and optimizer states, and keep the function as it is."""
@@ -93,17 +135,23 @@ class Trainables:
 
     def _promote(self, name: str) -> None:
         resting = self.resting.pop(name, None)
-        saved = {key: value.to(self.model.device) for key, value in self._read(resting).items()} if resting else {}
+        self._wake(name, self._read(resting) if resting else {})
+
+    def _wake(self, name: str, saved: Mapping[str, torch.Tensor]) -> None:
+        """Make a tensor live: with what was saved of it, else as the pretrained model has it."""
         if name in self.model.linears:
             parameter = self._promote_linear(name, saved)
         else:
             parameter = self.model.vectors[name]
             parameter.requires_grad_(True)
+            if MASTER in saved:
+                parameter.data.copy_(saved[MASTER])
         self.live[name] = parameter
+        self.optimizer.states.pop(name, None)
         if "first" in saved:
             self.optimizer.states[name] = Moments.from_tensors(saved)
 
-    def _promote_linear(self, name: str, saved: dict[str, torch.Tensor]) -> nn.Parameter:
+    def _promote_linear(self, name: str, saved: Mapping[str, torch.Tensor]) -> nn.Parameter:
         linear = self.model.linears[name]
         rows = saved.get(ROWS) if saved else self._rows_of(name)
         master = saved[MASTER] if saved else self.model.original(name, rows).to(_MASTERS[self.formats.master])
@@ -126,25 +174,30 @@ class Trainables:
         return kept if linear is None or linear.rows is None else kept | {ROWS: linear.rows.index}
 
     def _demote(self, name: str) -> None:
-        tensors = self.tensors(name)
+        tensors = self.tensors(name) or self._kept(name)
+        assert self.parked is not None
+        # A name of its own for every state, because earlier checkpoints speak of earlier ones.
+        short, state = hashlib.sha256(name.encode()).hexdigest()[:16], self.optimizer.states.get(name)
+        path = self.parked / f"{short}-{state.step if state else 0}.safetensors"
+        seal = write_sealed(path, [Item.of(key, value) for key, value in tensors.items()], {"name": name})
+        self._rest(name)
+        self.resting[name] = Resting(path, seal)
+
+    def _rest(self, name: str) -> None:
+        """Freeze a live tensor as it is."""
         parameter = self.live.pop(name)
         self.optimizer.states.pop(name, None)
-        assert self.parked is not None
-        path = self.parked / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
-        write_tensors(path, tensors, {"name": name})
-        self.resting[name] = path
         parameter.grad = None
         if name in self.model.linears:
             self.model.linears[name].demote()
         else:
             parameter.requires_grad_(False)
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, torch.Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
+    def _read(self, resting: Resting) -> dict[str, torch.Tensor]:
         try:
-            return load_file(str(path))
-        except SafetensorError as error:
-            raise EdgegtError(f"'{path}' is damaged ({error}): run again") from error
+            found = read_sealed(resting.path)
+        except InputError as error:
+            raise EdgegtError(f"{error}: what was trained of it is lost, run again") from error
+        if found.seal != resting.seal:
+            raise EdgegtError(f"'{resting.path}' is not the file that was written: run again")
+        return {key: found.tensor(key).to(self.model.device) for key in found.entries}

@@ -3,118 +3,94 @@
 from __future__ import annotations
 
 import random
-import signal
-import threading
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from types import FrameType
 from typing import Any
 
 import torch
 
-from edgegt.budget import fitting_probe_rows, largest, probe_seconds
+from edgegt.budget import fitting_probe_rows, largest
 from edgegt.cache import cache_dir
-from edgegt.checkpoint import Position, save_checkpoint
-from edgegt.cost import CostTable, Totals
-from edgegt.data import collate
-from edgegt.errors import BudgetError, InputError, Interrupted
-from edgegt.folder import RunFolder
+from edgegt.checkpoint import Saved
+from edgegt.data import Batch, collate
+from edgegt.errors import BudgetError, EdgegtError
+from edgegt.guard import StepBack
 from edgegt.importance import importance
+from edgegt.keeper import Keeper
 from edgegt.log import Log
-from edgegt.memory import Formats, plane_bytes, state_bytes
+from edgegt.memory import plane_bytes, state_bytes
 from edgegt.model import load_int8
 from edgegt.optimizer import AdamW, schedule
 from edgegt.patch import save_patch
-from edgegt.planner import Plan, Problem, plan, smallest
+from edgegt.planner import Plan
 from edgegt.prepare import Setup
 from edgegt.process import trim
 from edgegt.quant import Int8Embedding, Int8Linear
-from edgegt.rates import Rates, of_profile
+from edgegt.rates import of_profile
 from edgegt.recompute import recomputed
-from edgegt.selection import Trainables
-from edgegt.train import Parts, Progress, Recipe, train_round
+from edgegt.recovery import go_back, leave_out
+from edgegt.rounds import Predicted, Rounds, Standing
+from edgegt.selection import Resting, Trainables
+from edgegt.signals import interrupted, stopped_by_signals
+from edgegt.train import Dropped, NoRoom, Parts, Progress, Recipe, train_round
 from edgegt.units import format_bytes
-from edgegt.value import values_of
 from edgegt.version import __version__
-
-# Predicted steps were 0.77 to 1.27 times the measured ones; before the first step is measured the cautious end counts.
-FIRST_GUESS = 1.3
-# Where time is too short for all steps: what a plan that is still worth making takes, of the cheapest one's seconds.
-CHEAP = 1.15
 
 
 class Int8Trainee:
-    """The int8 model of one run and its trained tensors."""
+    """The int8 model of one run and its trained tensors. index, first: the round at hand, and its first step."""
 
-    def __init__(self, setup: Setup, log: Log) -> None:
-        self.setup, self.log = setup, log
+    def __init__(self, setup: Setup, log: Log, keeper: Keeper) -> None:
+        self.setup, self.log, self.keeper = setup, log, keeper
         self.model = load_int8(setup.config, setup.source, cache_dir(), setup.kernels.backend, setup.device)
         self.module, self.meter, self.fingerprint = self.model.module, self.model.meter, self.model.fingerprint
         self.backend = setup.kernels.backend.name
         optimizer = AdamW(
             False, setup.options.weight_decay, seed=setup.options.seed, kernels=setup.kernels.backend.kernels
         )
-        self.trainables = Trainables(self.model, optimizer)
-        self.progress = Progress()
-        self.formats: tuple[Formats, ...] = setup.need.formats
-        self.head_rows = setup.need.head_rows
-        self.slowness = FIRST_GUESS
+        self.trainables = Trainables(self.model, optimizer, keeper.folder.parked)
+        self.trainables.before_update = keeper.checkpoints.wait_for
+        self.trainables.before_selection = keeper.checkpoints.finish
+        self.progress, self.predicted = Progress(), Predicted()
+        self.rounds = Rounds(setup, log)
+        self.index = self.first = 0
+        self.chosen: Plan | None = None
         self.after_s = 0.0
-        self.last_step = setup.schedule.steps
-        self.terms: dict[str, int] = {}
-        self._base_bytes = self._planes_of_base()
         self.complete = False
         self.probe_flops = 0
+        self._before: Plan | None = None
+        self._expected_s = 0.0
+        self._base_bytes = self._planes_of_base()
         self._probe_work = self._probe_peak = 0
         self._values: dict[str, float] = {}
 
-    def train(self, folder: RunFolder, outcome: Any) -> None:
-        """All rounds. Raises: Interrupted after the step in which a signal came."""
-        setup = self.setup
-        self.folder, self.trainables.parked = folder, folder.parked
-        speeds = setup.rates, of_profile(setup.resolved.profile)
-        first = 0
-        self.log.start_steps(setup.schedule.steps)
+    def train(self) -> None:
+        """All rounds that are left. Raises: Interrupted after the step in which a signal came."""
+        self.log.start_steps(self.setup.schedule.steps)
         with stopped_by_signals(self.progress):
-            for index, steps in enumerate(setup.schedule.rounds):
-                if index and self._out_of_time():
-                    break
-                values = self._importance(index)
-                chosen = self._plan(index, first, values)
-                if index == 0:
-                    self._fix(chosen)
-                self._record_plan(index, first, steps, chosen, values)
-                self._predict(outcome, first, steps, chosen, speeds)
-                self.trainables.select(chosen.selected)
-                for note in self.model.notes:
-                    self.log.fallback(note)
-                self._train(index, first, steps, chosen)
-                if chosen.peak_bytes == outcome.predicted_peak or not outcome.measured_terms:
-                    outcome.measured_terms = self._held_terms() | self.terms
-                first += steps
-                position = Position(self.progress.step, index, self.meter.total)
-                save_checkpoint(folder.path / "checkpoint", self.trainables, position)
+            while self.index < len(self.rounds.lengths):
+                if self.chosen is None:
+                    if self.index and self._out_of_time():
+                        break
+                    self._begin_round()
+                if not self._train_round():
+                    continue  # something went wrong and was dealt with: from where the run is now
                 if self.progress.stop is not None:
-                    raise interrupted(self.progress, setup.schedule.steps, folder)
-        if self.progress.step < self.last_step:
-            total = setup.schedule.steps
+                    self.keeper.save(wait=True)
+                    raise interrupted(self.progress, self.setup.schedule.steps, self.keeper.folder.path)
+                self._end_round()
+        if self.progress.step < self.rounds.last_step:
+            total = self.setup.schedule.steps
             self.log.fallback(f"the time budget ended training after step {self.progress.step} of {total}")
         self.complete = True
 
-    def _out_of_time(self) -> bool:
-        """Whether another round has no time, by the deadline or because all steps that the time allows are made."""
-        left = self.setup.seconds_left
-        late = left is not None and left <= self.after_s
-        return late or self.progress.late or self.progress.step >= self.last_step
-
-    def save(self, folder: RunFolder) -> None:
+    def save(self) -> None:
         """The patch: everything trained so far. Masters and states are freed; the model computes as before."""
+        self.keeper.checkpoints.finish()
         masters = self.trainables.masters()
         if masters:
             about = self.setup.source.name, __version__, self.setup.corpus.separator
-            save_patch(folder.patch, masters, self.fingerprint, *about)
+            save_patch(self.keeper.folder.patch, masters, self.fingerprint, *about)
         del masters
         self.trainables.release()
         trim()
@@ -124,18 +100,153 @@ class Int8Trainee:
         """What training has added to the base and evaluation must leave room for: the planes of trained tensors."""
         return sum(linear.added_bytes for linear in self.model.linears.values())
 
-    def _importance(self, index: int) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
+        """Everything but tensors that an exact resume needs."""
+        resting = self.trainables.resting.items()
+        return {
+            "round": self.index, "first": self.first, "rounds": self.rounds.state(),
+            "plan": None if self.chosen is None else self.chosen.to_json(),
+            "before": None if self._before is None else self._before.to_json(),
+            "progress": self.progress.to_json(), "predicted": asdict(self.predicted), "expected_s": self._expected_s,
+            "values": self._values, "probe_flops": self.probe_flops, "flops_by_kind": dict(self.meter.by_kind),
+            "memory_bytes": self.setup.memory_bytes, "live": list(self.trainables.live),
+            "resting": {name: [place.path.name, place.seal] for name, place in resting},
+        }  # fmt: skip
+
+    def tensors(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """The live tensors, in the order in which a step changes them."""
+        return {name: self.trainables.tensors(name) for name in reversed(self.trainables.live)}
+
+    def restore(self, saved: Saved) -> None:
+        """Be as the checkpoint says, bit for bit. Raises: EdgegtError when a file is damaged."""
+        state = saved.state
+        self.index, self.first = state["round"], state["first"]
+        self.rounds.restore(state["rounds"])
+        self.chosen = None if state["plan"] is None else Plan.from_json(state["plan"])
+        self._before = None if state["before"] is None else Plan.from_json(state["before"])
+        self.progress.restore(state["progress"])
+        self.predicted = Predicted(**state["predicted"])
+        self._expected_s, self._values, self.probe_flops = state["expected_s"], state["values"], state["probe_flops"]
+        self.meter.by_kind.clear()
+        self.meter.by_kind.update(state["flops_by_kind"])
+        if not self.trainables.live and not self.trainables.resting and self._before is not None:
+            self._configure(self._before)
+        parked = self.keeper.folder.parked
+        resting = {name: Resting(parked / file, seal) for name, (file, seal) in state["resting"].items()}
+        self.trainables.restore(state["live"], saved.tensors, resting)
+
+    def _out_of_time(self) -> bool:
+        """Whether another round has no time, by the deadline or because all steps that the time allows are made."""
+        left = self.setup.seconds_left
+        late = left is not None and left <= self.after_s
+        return late or self.progress.late or self.progress.step >= self.rounds.last_step
+
+    def _begin_round(self) -> None:
+        self._importance()
+        at = self._standing()
+        chosen = self.rounds.plan(at, self._values, self._before)
+        if self._before is None:
+            self.rounds.fix(chosen)
+            self._configure(chosen)
+        self._go_on_with(chosen, at)
+
+    def _end_round(self) -> None:
+        assert self.chosen is not None
+        if self.chosen.peak_bytes == self.predicted.peak or not self.predicted.measured_terms:
+            held = self._held_terms() | {"activations": self.progress.kept_bytes}
+            self.predicted.measured_terms = held
+        self.first += self.rounds.lengths[self.index]
+        self.index += 1
+        self.chosen = None
+        self.keeper.save()
+
+    def _go_on_with(self, chosen: Plan, at: Standing) -> None:
+        """Record a plan, select its tensors and keep that decision, before the first step by it."""
+        steps = self.rounds.lengths[self.index]
+        self.rounds.record(self.keeper.folder, at, steps, chosen, self._values, self.model.head)
+        self._predict(steps, chosen)
+        self.trainables.select(chosen.selected)
+        for note in self.model.notes:
+            self.log.fallback(note)
+        self.chosen = self._before = chosen
+        self.keeper.save(wait=at.index == 0)
+
+    def _configure(self, chosen: Plan) -> None:
+        rows = None
+        if chosen.head_rows is not None:
+            rows = torch.tensor(self.setup.corpus.used_tokens, dtype=torch.int64)
+        self.trainables.configure(chosen.formats, rows)
+
+    def _standing(self) -> Standing:
+        later = len(self.rounds.lengths) - self.index - 1
+        trained = tuple(sorted({*self.trainables.resting, *self.trainables.live}))
+        return Standing(self.index, self.progress.step, self.meter.total, trained, later, self.after_s)
+
+    def _step_back(self, back: StepBack) -> None:
+        """Go on with less memory: the rest of the round gets a smaller plan. Raises: EdgegtError when none fits."""
+        assert self.chosen is not None
+        if back.torn:
+            go_back(self, self.keeper, "to take back a step that was broken off")
+        self.keeper.checkpoints.finish()
+        before = self.chosen
+        done = self.progress.step - self.first
+        if done >= self.rounds.lengths[self.index]:
+            self._lower(back.budget_bytes)
+            return
+        at = replace(self._standing(), index=self.index + (1 if done else 0))
+        budget = back.budget_bytes
+        if back.guess and budget < (least := self.rounds.least_bytes(at, self._values)) < before.peak_bytes:
+            budget = least
+        held, self.setup = self.setup, replace(self.setup, memory_bytes=budget)
+        self.rounds.setup = self.setup
+        try:
+            chosen = self.rounds.smaller(at, self._values, before)
+        except BudgetError as error:
+            self.setup = self.rounds.setup = held
+            if not back.must:
+                self.log.fallback(f"{back.reason}, and nothing smaller can be trained")
+                self.keeper.guard.lower(held.memory_bytes)
+                return
+            raise EdgegtError(
+                f"{back.reason}: {format_bytes(budget)} are left for this run, and the least that it can go on with "
+                f"is {format_bytes(error.smallest_bytes or 0)}; end other programs"
+            ) from error
+        self.predicted.flops -= self._flops_left(before)
+        if done:
+            self.rounds.cut(self.index, done)
+            self.first, self.index = self.progress.step, self.index + 1
+        was = f"{len(before.selected)} tensors, {before.micro_batch} rows, {len(before.recompute)} layers recomputed"
+        now = f"{len(chosen.selected)} tensors, {chosen.micro_batch} rows, {len(chosen.recompute)} layers recomputed"
+        text = f"{back.reason}: the run steps back from {was} to {now}, within {format_bytes(budget)}"
+        self.log.fallback(text)
+        self.keeper.record({"kind": "memory", "text": text, "budget_bytes": budget})
+        self._go_on_with(chosen, at)
+        self._lower(budget)
+
+    def _flops_left(self, chosen: Plan) -> int:
+        """What the rest of the round was predicted to cost."""
+        table, end = self.rounds.table(), self.first + self.rounds.lengths[self.index]
+        shapes = self.setup.schedule.shapes[self.progress.step : min(end, self.rounds.last_step)]
+        return table.train_work(table.mask(chosen.selected), chosen.recompute).total(shapes)
+
+    def _lower(self, budget_bytes: int) -> None:
+        self.setup = self.rounds.setup = replace(self.setup, memory_bytes=budget_bytes)
+        trim()
+        self.keeper.guard.lower(budget_bytes)
+
+    def _importance(self) -> None:
         setup = self.setup
+        self._probe_work = 0
         if not setup.options.measures_importance:
-            return {weight.name: float(weight.numel) for weight in setup.need.table.weights}
-        draw = random.Random(f"{setup.options.seed}/probe/{index}")
+            self._values = {weight.name: float(weight.numel) for weight in setup.need.table.weights}
+            return
+        draw = random.Random(f"{setup.options.seed}/probe/{self.index}")
         train, wanted = setup.corpus.train, setup.probes.rows * setup.probes.count
         rows = self._probe_rows()
         if rows == 0:
-            self._probe_work = 0
-            what = f"importance is not measured again in round {index + 1}"
+            what = f"importance is not measured again in round {self.index + 1}"
             self.log.fallback(f"{what}: it does not fit beside what training holds")
-            return self._values
+            return
         # Only rows that are trained on: others may be longer, and both budgets know the longest of these.
         pool = sorted({i for _, indices in setup.schedule.batches for i in indices})
         picked = [train[i] for i in draw.sample(pool, min(wanted, len(pool)))]
@@ -146,12 +257,10 @@ class Int8Trainee:
         ]
         spent = self.meter.total
         self._probe_work = setup.need.table.probe_work().total(batch.shape for batch in batches)
-        values = importance(self.model, batches, self._layers())
+        self._values = importance(self.model, batches, self._layers())
         self.probe_flops += self.meter.total - spent
         self.model.inputs.clear()
         trim()
-        self._values = values
-        return values
 
     def _probe_rows(self) -> int:
         """Rows of a probe batch beside what is trained now; where not even two fit, that is put aside on disk first.
@@ -174,129 +283,14 @@ class Int8Trainee:
 
     def _live_bytes(self) -> int:
         """What training holds now: masters, planes and states of live tensors, planes of resting ones."""
-        weights = {weight.name: weight for weight in self._table().weights}
-        live = sum(state_bytes(weights[name], False, self.formats[0]) for name in self.trainables.live)
+        weights = {weight.name: weight for weight in self.rounds.table().weights}
+        live = sum(state_bytes(weights[name], False, self.rounds.formats[0]) for name in self.trainables.live)
         return live + sum(plane_bytes(weights[name]) for name in self.trainables.resting)
-
-    def _table(self) -> CostTable:
-        """The cost table with as much of the head as this run trains, once that is decided."""
-        table, rows = self.setup.need.table, self.head_rows[0] if len(self.head_rows) == 1 else None
-        return table if rows is None else table.with_head_rows(rows)
 
     def _layers(self) -> Any:
         from edgegt.architecture import layers_of
 
         return self.module.get_submodule(layers_of(self.module)[0])
-
-    def _plan(self, index: int, first: int, values: dict[str, float]) -> Plan:
-        setup = self.setup
-        later = len(setup.schedule.rounds) - index - 1
-        probing = setup.need.table.probe_work().total(setup.probes.shapes(setup.schedule))
-        demoted = tuple(sorted({*self.trainables.resting, *self.trainables.live}))
-        problem = replace(
-            setup.need.problem(
-                setup.options, setup.schedule.shapes[first:], values_of(values, setup.need.table),
-                setup.flops - self.meter.total - later * probing, setup.memory_bytes, self._seconds(later),
-            ),
-            around=replace(setup.need.around, demoted=demoted), formats=self.formats, head_rows=self.head_rows,
-        )  # fmt: skip
-        self.problem = problem
-        try:
-            self.problem = self._within_time(problem, first)
-            self._chosen = self._planned(self.problem, index)
-        except InputError as error:
-            if index == 0:
-                raise
-            self.log.fallback(f"round {index + 1} keeps the tensors of the round before: {error}")
-        return self._chosen
-
-    def _within_time(self, problem: Problem, first: int) -> Problem:
-        """The problem; where its time allows no training of all steps, with the time of a cheap one, of fewer steps."""
-        self.last_step = self.setup.schedule.steps
-        if problem.seconds is None:
-            return problem
-        needed = CHEAP * smallest(problem).seconds
-        if needed > problem.seconds:
-            self.last_step = first + max(1, int(problem.steps * problem.seconds / needed))
-            total = self.setup.schedule.steps
-            self.log.fallback(f"the time budget allows about {self.last_step} of {total} steps: the rest is left out")
-            # rho holds for the steps that are made; the problem is over all, so what they may cost is scaled up
-            left = self._flops_of(self.last_step) - self.meter.total
-            flops = left * problem.steps // (self.last_step - first)
-            return replace(problem, seconds=needed, flops=min(problem.flops, flops))
-        return problem
-
-    def _flops_of(self, steps: int) -> int:
-        """What the first steps of the run may spend."""
-        setup = self.setup
-        if steps == setup.schedule.steps:
-            return setup.flops
-        return int(setup.rho * setup.need.table.full_work().total(setup.schedule.shapes[:steps]))
-
-    def _planned(self, problem: Problem, index: int) -> Plan:
-        """The plan; where no tensor of measured importance fits, of any that does."""
-        options = self.setup.options
-        try:
-            return plan(problem, options.strategy, options.seed + index)
-        except BudgetError as error:
-            if index > 0 or min(problem.values.values()) > 0:
-                raise
-            anything = {name: max(value, 1e-9) for name, value in problem.values.items()}
-            found = plan(replace(problem, values=anything), options.strategy, options.seed + index)
-            self.log.fallback(f"no tensor with a measured importance fits ({error}): what fits is trained")
-            return found
-
-    def _seconds(self, later: int) -> float | None:
-        """What is left of the time budget for training, in predicted seconds: measured ones may be longer."""
-        setup, left = self.setup, self.setup.seconds_left
-        if left is None:
-            return None
-        probing = later * probe_seconds(setup.need, setup.schedule, setup.probes) / len(setup.schedule.rounds)
-        return max(1e-3, (left - self.after_s) / self.slowness - probing)
-
-    def _fix(self, chosen: Plan) -> None:
-        """Number formats and the trained part of the head are decided once, in the first round."""
-        rows = None
-        if chosen.head_rows is not None:
-            rows = torch.tensor(self.setup.corpus.used_tokens, dtype=torch.int64)
-        self.trainables.configure(chosen.formats, rows)
-        self.formats, self.head_rows = (chosen.formats,), (chosen.head_rows,)
-
-    def _record_plan(self, index: int, first: int, steps: int, chosen: Plan, values: dict[str, float]) -> None:
-        setup, table, problem = self.setup, self.setup.need.table, self.problem
-        names = set(chosen.selected)
-        shapes = Counter((shape.rows, shape.tokens, shape.kept, shape.labelled) for shape in problem.shapes)
-        self.folder.write(f"plan-{index}.json", {
-            "round": index, "first_step": first, "steps": steps, "strategy": chosen.strategy,
-            "selected": list(chosen.selected), "recompute": list(chosen.recompute), "micro_batch": chosen.micro_batch,
-            "accumulation": chosen.accumulation, "formats": asdict(chosen.formats),
-            "head_rows": chosen.head_rows if self.model.head in names else None,
-            "value": chosen.value, "optimality_gap": chosen.optimality_gap,
-            "predicted": {"flops": chosen.flops, "flops_ratio": chosen.flops_ratio, "peak_bytes": chosen.peak_bytes,
-                          "step_s": (chosen.seconds or 0.0) / problem.steps},
-            "budget": {"flops": setup.flops, "memory_bytes": setup.memory_bytes, "seconds": setup.seconds},
-            "memory": chosen.memory,
-            "problem": {"shapes": [[*shape, count] for shape, count in sorted(shapes.items())],
-                        "flops": problem.flops, "memory_bytes": problem.memory_bytes, "batch_size": problem.batch_size,
-                        "vocabulary": problem.vocabulary, "floor_bytes": problem.around.floor_bytes,
-                        "demoted": list(problem.around.demoted), "head_rows": list(problem.head_rows),
-                        "formats": [asdict(formats) for formats in problem.formats]},
-            "candidates": [{"name": w.name, "kind": w.kind, "block": w.block, "numel": w.numel,
-                            "importance": values.get(w.name, 0.0), "selected": w.name in names}
-                           for w in table.weights],
-            "notes": list(chosen.notes),
-        })  # fmt: skip
-        for note in chosen.notes:
-            self.log.fallback(note)
-        blocks = sorted({w.block for w in table.weights if w.name in names and w.block < table.blocks})
-        where = f"layers {blocks[0]}-{blocks[-1]}" if blocks else "no layer"
-        head = " and the head" if self.model.head in names else ""
-        if head and chosen.head_rows is not None:
-            head = f" and {chosen.head_rows} rows of the head"
-        self.log.say(
-            f"round {index + 1}/{len(setup.schedule.rounds)}: training {len(names)} of {len(table.weights)} tensors "
-            f"({where}{head}), {chosen.flops_ratio:.1%} of full FLOPs, {format_bytes(chosen.peak_bytes)} predicted peak"
-        )
 
     def _planes_of_base(self) -> int:
         """Bytes of the int8 model as it was loaded, each tensor once."""
@@ -318,76 +312,60 @@ class Int8Trainee:
             "optimizer": sum(tensor.nbytes for state in states for tensor in state.tensors().values()),
         }
 
-    def _predict(self, outcome: Any, first: int, steps: int, chosen: Plan, speeds: tuple[Rates, Rates]) -> None:
-        setup, table = self.setup, self._table()
-        mask = table.mask(chosen.selected)
-        shapes = setup.schedule.shapes[first : min(first + steps, self.last_step)]
-        steps = len(shapes)
-        outcome.predicted_flops += table.train_work(mask, chosen.recompute).total(shapes) + self._probe_work
-        evaluation = setup.need.evaluation_bytes(setup.evaluation_rows(0))
-        outcome.predicted_peak = max(outcome.predicted_peak, evaluation, self._probe_peak)
-        if chosen.peak_bytes > sum(outcome.memory_terms.values()):
-            outcome.memory_terms = chosen.memory
-        outcome.predicted_peak = max(outcome.predicted_peak, chosen.peak_bytes)
-        totals, micro = Totals.of(shapes), sum(-(-shape.rows // chosen.micro_batch) for shape in shapes)
-        self._expected_s, theirs = (
-            speed.of_states(chosen.formats.states).run_s(table, mask, totals, steps, micro, chosen.recompute) / steps
-            for speed in speeds
+    def _predict(self, steps: int, chosen: Plan) -> None:
+        speeds = self.setup.rates, of_profile(self.setup.resolved.profile)
+        self._expected_s = self.rounds.predict(
+            self.predicted, self.progress.step, steps, chosen, speeds, self._probe_work
         )
-        share = steps / (first + steps)
-        outcome.predicted_step_s += share * (self._expected_s - outcome.predicted_step_s)
-        outcome.device_step_s += share * (theirs - outcome.device_step_s)
+        self.predicted.peak = max(self.predicted.peak, self._probe_peak)
+        self._probe_work = 0
 
-    def _train(self, index: int, first: int, steps: int, chosen: Plan) -> None:
-        setup, options = self.setup, self.setup.options
-        batches = [
-            (epoch, collate([setup.corpus.train[i] for i in indices], setup.pad_id, options.max_length))
-            for epoch, indices in setup.schedule.batches[first : min(first + steps, self.last_step)]
-        ]
-        total, table = self.last_step, self._table()
+    def _train_round(self) -> bool:
+        """The steps that are left of the round; False when something went wrong, and was dealt with."""
+        chosen = self.chosen
+        assert chosen is not None
+        setup, options, total = self.setup, self.setup.options, self.rounds.last_step
+        table = self.rounds.table()
         mask = table.mask(chosen.selected)
         work, kept = table.train_work(mask, chosen.recompute), table.saved_work(mask, chosen.recompute)
         recipe = Recipe(
             lambda step: schedule(options.schedule, setup.lr, step, total, options.warmup),
-            options.max_grad_norm, total, self._flops_of(total), work.at, kept.at,
+            options.max_grad_norm, total, self.rounds.flops_of(total), work.at, kept.at,
             setup.deadline(self.after_s),
         )  # fmt: skip
         parts = Parts(
             self.module, setup.device, self.trainables.live, self.trainables.step, self.model.inputs.clear,
-            self.meter, setup.watch,
+            self.meter, setup.watch, self.keeper.facts,
         )  # fmt: skip
         before = self.progress.train_s, self.progress.step
-        with recomputed(self._layers(), chosen.recompute):
-            train_round(parts, recipe, batches, chosen.micro_batch, index, self.progress, self.folder.metrics,
-                        self.log.step)  # fmt: skip
-        done = self.progress.step - before[1]
-        if done:
-            self.slowness = max(0.8, (self.progress.train_s - before[0]) / done / self._expected_s)
-        self.terms["activations"] = self.progress.kept_bytes
+        try:
+            with recomputed(self._layers(), chosen.recompute):
+                train_round(
+                    parts, recipe, self._batches(), chosen.micro_batch, self.index, self.progress, self.keeper.metrics,
+                    self._after_step, fused=chosen.micro_batch >= max(shape.rows for shape in setup.schedule.shapes),
+                )  # fmt: skip
+        except Dropped as error:
+            leave_out(self, self.keeper, error)
+        except NoRoom as error:
+            self._step_back(self.keeper.guard.failed(error.reason, chosen.peak_bytes, error.torn))
+        except StepBack as back:
+            self._step_back(back)
+        else:
+            done = self.progress.step - before[1]
+            if done:
+                self.rounds.slowness = max(0.8, (self.progress.train_s - before[0]) / done / self._expected_s)
+            return True
+        return False
 
+    def _after_step(self, entry: dict[str, Any]) -> None:
+        self.log.step(entry)
+        assert self.chosen is not None
+        self.keeper.after_step(self.chosen.peak_bytes, entry["step_s"])
 
-def interrupted(progress: Progress, steps: int, folder: RunFolder) -> Interrupted:
-    """What the user is told after a signal: how far the run came and where its work is."""
-    name = signal.Signals(progress.stop or signal.SIGINT).name
-    return Interrupted(
-        f"stopped by {name} after step {progress.step} of {steps}; what was trained is in {folder.patch}",
-        128 + (progress.stop or signal.SIGINT),
-    )
-
-
-@contextmanager
-def stopped_by_signals(progress: Progress) -> Iterator[None]:
-    """SIGINT and SIGTERM let the step finish and set `progress.stop`; only in the main thread."""
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        progress.stop = number
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def _batches(self) -> Iterator[tuple[float, Batch]]:
+        """The batches that are left of the round, each made when its step comes."""
+        setup = self.setup
+        end = min(self.first + self.rounds.lengths[self.index], self.rounds.last_step)
+        for epoch, indices in setup.schedule.batches[self.progress.step : end]:
+            rows = [setup.corpus.train[i] for i in indices]
+            yield epoch, collate(rows, setup.pad_id, setup.options.max_length)

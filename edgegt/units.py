@@ -1,7 +1,11 @@
-"""Quantities as text and back: bytes, durations, FLOPs. Bytes are ints; GiB = 2**30."""
+"""Quantities as text and back: bytes, durations, energy, FLOPs. Bytes are ints; GiB = 2**30.
+
+A refused text may be anything at all, so it is shown through `format_text`: on one line, printable and short.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 
 from edgegt.errors import InputError
@@ -9,6 +13,10 @@ from edgegt.errors import InputError
 _SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 _JOULES = {"j": 1, "kj": 1e3, "mj": 1e6, "wh": 3600, "kwh": 3.6e6}
 _BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)")
+# Longer than any quantity that is meant; the patterns below take time with the square of the length.
+_LONGEST = 64
+_MOST_BYTES = 2**62
 MIB = 2**20
 GIB = 2**30
 
@@ -16,12 +24,14 @@ GIB = 2**30
 def parse_bytes(text: str, what: str = "memory") -> int:
     """Bytes in a quantity such as '4GiB', '900 MiB' or '2.5GB'.
 
-    Raises: InputError when the text is not a positive number followed by a unit.
+    Raises: InputError when the text is not a number followed by a unit, or not from 1 B to 2**62 B.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if match is None or match[2].upper() not in _BYTE_UNITS or not 0 < float(match[1]) < float("inf"):
-        raise InputError(f"{what} '{text}' is not a size: write a positive number and a unit, such as 4GiB or 900MiB")
-    return int(float(match[1]) * _BYTE_UNITS[match[2].upper()])
+    number, unit = _number_and_unit(text)
+    size = number * _BYTE_UNITS.get(unit.upper(), 0)
+    if not 1 <= size <= _MOST_BYTES:
+        shown = format_text(text)
+        raise InputError(f"{what} '{shown}' is not a size: write a positive number and a unit, such as 4GiB or 900MiB")
+    return int(size)
 
 
 def parse_duration(text: str, what: str = "time") -> float:
@@ -29,12 +39,14 @@ def parse_duration(text: str, what: str = "time") -> float:
 
     Raises: InputError when the text is not one or more positive numbers, each followed by s, m or h.
     """
-    found = re.findall(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text)
-    whole = re.fullmatch(r"\s*(?:\d+(?:\.\d+)?\s*[A-Za-z]+\s*)+", text)
+    short = text.strip() if len(text) <= _LONGEST else ""
+    found = _QUANTITY.findall(short)
+    whole = re.fullmatch(rf"(?:{_QUANTITY.pattern}\s*)+", short)
     seconds = sum(float(number) * _SECONDS.get(unit.lower(), 0) for number, unit in found)
-    if whole is None or not 0 < seconds < float("inf") or any(unit.lower() not in _SECONDS for _, unit in found):
+    if whole is None or not 0 < seconds < math.inf or any(unit.lower() not in _SECONDS for _, unit in found):
+        shown = format_text(text)
         raise InputError(
-            f"{what} '{text}' is not a duration: write a positive number and s, m or h, such as 20m or 90s"
+            f"{what} '{shown}' is not a duration: write a positive number and s, m or h, such as 20m or 90s"
         )
     return seconds
 
@@ -44,12 +56,30 @@ def parse_energy(text: str, what: str = "energy") -> float:
 
     Raises: InputError when the text is not a positive number followed by a unit of energy.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if match is None or match[2].lower() not in _JOULES or match[2] == "mJ" or not 0 < float(match[1]) < float("inf"):
+    number, unit = _number_and_unit(text)
+    joules = number * _JOULES.get(unit.lower(), 0)
+    if not 0 < joules < math.inf or unit == "mJ":
+        shown = format_text(text)
         raise InputError(
-            f"{what} '{text}' is not an energy: write a positive number and Wh, kWh, J or kJ, such as 15Wh"
+            f"{what} '{shown}' is not an energy: write a positive number and Wh, kWh, J or kJ, such as 15Wh"
         )
-    return float(match[1]) * _JOULES[match[2].lower()]
+    return joules
+
+
+def _number_and_unit(text: str) -> tuple[float, str]:
+    """The parts of '4 GiB'; (nan, '') where the text is something else."""
+    match = _QUANTITY.fullmatch(text.strip()) if len(text) <= _LONGEST else None
+    return (math.nan, "") if match is None else (float(match[1]), match[2])
+
+
+def format_text(text: object, most: int | None = 60) -> str:
+    """A text of the user for a message: on one line, what cannot be printed escaped, at most `most` characters."""
+    words = str(text)
+    if most is not None and len(words) > most:
+        words = words[: most - 3] + "..."
+    if words.isprintable():
+        return words
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in words)
 
 
 def format_energy(joules: float) -> str:

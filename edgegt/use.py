@@ -38,21 +38,12 @@ def load_subject(run: str | None, model: str | None, patch: str | None) -> Subje
     if patch is not None:
         raise InputError("--patch goes with --model; a run folder brings its own")
     folder = RunFolder(Path(run))
-    about, options = folder.read("run.json"), _options(folder)
+    about, options = folder.read("run.json"), folder.options()
     try:
         directory, separator = str(about["model"]["directory"]), about["data"].get("separator")
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder.path / 'run.json'} is damaged (no {error}): run `edgegt run` again") from error
     return _loaded(directory, folder.patch, options, _separator(options) if separator is None else str(separator))
-
-
-def _options(folder: RunFolder) -> RunOptions:
-    """The run's options; those that only another version knows are left out."""
-    known = {item.name for item in dataclasses.fields(RunOptions)}
-    try:
-        return RunOptions(**{name: value for name, value in folder.read("options.json").items() if name in known})
-    except TypeError as error:
-        raise InputError(f"{folder.path / 'options.json'} is damaged ({error}): run `edgegt run` again") from error
 
 
 def _loaded(name: str, patch: Path | None, options: RunOptions | None, separator: str | None) -> Subject:
@@ -99,7 +90,8 @@ def _separator(options: RunOptions) -> str:
     path = home.TRAIN if options.data is None else Path(options.data)
     if not path.is_file():
         return "\n"
-    return read_rows(path, parse_columns(options.columns) if options.columns else None).rows[0].separator
+    columns = parse_columns(options.columns) if options.columns else None
+    return read_rows(path, columns, options.skip_bad_rows).rows[0].separator
 
 
 def evaluate_subject(
@@ -109,6 +101,7 @@ def evaluate_subject(
     data: str | None = None,
     columns: str | None = None,
     max_length: int | None = None,
+    skip_bad_rows: bool = False,
 ) -> dict[str, Any]:
     """Loss, perplexity, tokens and rows on --data, or on the rows that the run held out.
 
@@ -123,11 +116,12 @@ def evaluate_subject(
         raise InputError("--model needs --data: give the file to evaluate on")
     if data is None and (columns is not None or max_length is not None):
         raise InputError("--columns and --max-length go with --data: held-out rows are read as the run read them")
-    own = _options(RunFolder(Path(run))) if run is not None else RunOptions()
+    own = RunFolder(Path(run)).options() if run is not None else RunOptions()
     if max_length is not None and max_length < 8:
         raise InputError(f"--max-length {max_length} is out of range: give a number at least 8")
     wanted = columns or own.columns
-    source = read_rows(Path(data), parse_columns(wanted) if wanted else None) if data else None
+    skip = skip_bad_rows or own.skip_bad_rows
+    source = read_rows(Path(data), parse_columns(wanted) if wanted else None, skip) if data else None
     subject = load_subject(run, model, patch)
     if source is not None:
         most = dataclasses.replace(own, max_length=max_length or own.max_length)

@@ -18,7 +18,10 @@ from typing import Any
 
 import psutil
 
+from edgegt.host import available_bytes
+
 _STATUS = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
 _CONTEXT_BYTES = 400 * 2**20
 
 
@@ -46,6 +49,15 @@ def peak_resident_bytes() -> int:
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
 
+def restart_peak_resident() -> bool:
+    """Forget the largest resident memory so far, where the system can (Linux); returns whether it could."""
+    try:
+        _RESET.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
 class MemoryWatch:
     """What a budget is compared with. `gpu`: the run computes on CUDA; `unified`: the profile's GPU shares its memory.
 
@@ -54,6 +66,7 @@ class MemoryWatch:
 
     def __init__(self, gpu: bool, unified: bool = False) -> None:
         self._cuda: Any = None
+        self._before = 0
         self._host = unified or not gpu
         if gpu:
             import torch
@@ -64,8 +77,34 @@ class MemoryWatch:
         """Bytes held now."""
         return self._sum(resident_bytes, self._cuda and self._cuda.memory_reserved)
 
-    def peak(self) -> int:
+    def restart_peak(self) -> None:
+        """Measure the peak anew from now on; `peak_ever` remembers."""
+        self._before = self.peak_ever()
+        if self._host:
+            restart_peak_resident()
+        if self._cuda is not None:
+            self._cuda.reset_peak_memory_stats()
+
+    def peak_ever(self) -> int:
         """Largest number of bytes held so far."""
+        return max(self._before, self.peak())
+
+    def available(self) -> int:
+        """Bytes that can be had now beside those held: on a GPU with memory of its own, of that."""
+        if self._cuda is not None and not self._host:
+            return int(self._cuda.mem_get_info()[0])
+        return available_bytes()
+
+    def hold(self, budget_bytes: int) -> None:
+        """Have CUDA's allocator refuse more than the budget, so that it is an error and not a reset."""
+        if self._cuda is None:
+            return
+        mine = budget_bytes - (resident_bytes() if self._host else _CONTEXT_BYTES)
+        total = int(self._cuda.get_device_properties(0).total_memory)
+        self._cuda.set_per_process_memory_fraction(min(1.0, max(0.01, mine / total)))
+
+    def peak(self) -> int:
+        """Largest number of bytes held so far, or since `restart_peak`."""
         return self._sum(peak_resident_bytes, self._cuda and self._cuda.max_memory_reserved)
 
     def _sum(self, resident: Callable[[], int], reserved: Callable[[], int] | None) -> int:

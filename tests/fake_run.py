@@ -113,6 +113,34 @@ def record_problem(folder: Path, layers: int) -> None:
     (folder / "costs.json").write_text(json.dumps(table.to_json()))
 
 
+EVENTS: list[dict[str, Any]] = [
+    {"at_s": 12.0, "step": 30, "kind": "checkpoint", "text": "saved after step 30"},
+    {"at_s": 21.5, "step": 62, "kind": "heat", "text": "81 °C, ceiling 80 °C: rested", "paused_s": 24.2},
+    {"at_s": 58.0, "step": 101, "kind": "heat", "text": "80 °C, ceiling 80 °C: rested", "paused_s": 19.6},
+    {"at_s": 60.0, "step": 104, "kind": "throttle", "text": "the processor slowed itself down, 3 events"},
+    {"at_s": 77.0, "step": 128, "kind": "rollback", "text": "<b>loss</b> 91.3: back to step 120"},
+    {"at_s": 84.0, "step": 150, "kind": "battery", "text": "on battery at 18 %: waited for mains", "paused_s": 723.0},
+    {"at_s": 812.0, "step": 150, "kind": "resume", "text": "resumed at step 150"},
+]  # fmt: skip
+
+
+def record_heat(folder: Path, power: bool = True, every: int = 3) -> None:
+    """Add what sensors said to every third line of metrics.jsonl, a ceiling of 80 C, and `EVENTS`."""
+    chance = random.Random(11)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    hot = 46.0
+    for line in lines:
+        hot = 74.5 if hot >= 80 else hot + 0.9 * (84 - hot) / 20 + chance.gauss(0, 0.15)
+        if line["step"] % every == 0:
+            line["temperature_c"] = round(hot, 1)
+            line["throttled"] = 3
+            if power:
+                line["power_w"] = round(13.5 + chance.gauss(0, 0.6), 2)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "profile.json").write_text(json.dumps({"name": "jetson-orin-nano-8gb", "ceiling_c": 80.0}))
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
+
+
 def fake_run(folder: Path, layers: int = 8, rounds: int = 3, steps: int = 200) -> Path:
     """A finished run folder such as `edgegt run` leaves, but for what `record_problem` adds."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,13 +21,14 @@ PACKAGE = ROOT / "edgegt"
 LAYERS = {
     "command line": "cli __main__",
     "order": "run",
-    "stages": "calibrate full trainee prepare use outlook doctor report",
-    "parts of a run": "train recompute evaluate checkpoint selection importance patch speed budget job",
+    "stages": "calibrate full trainee recovery rounds prepare use outlook doctor report",
+    "parts of a run": "train signals recompute evaluate keeper checkpoint selection importance patch speed budget job",
     "model and data": "model trace graph architecture attention fused head loss optimizer flops store source data quant"
     " native",
-    "surroundings": "folder log watch home process",
+    "surroundings": "folder log guard watch pacing sensors home process",
     "without torch": "calibrated chunks options device profile host cost rates memory case solver"
     " baselines problem planner value explain frontier",
+    "files": "sealed disk",
     "ground": "errors units version cache",
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}

@@ -105,11 +105,11 @@ def test_the_twin_trains_what_the_plans_say_and_nothing_else(model: Path) -> Non
     for index, names in enumerate(([first, "lm_head.weight"], [second, "lm_head.weight"])):
         plan = {"first_step": 2 * index, "steps": 2, "selected": names, "micro_batch": 2 - index, "head_rows": rows}
         plans.write(f"plan-{index}.json", plan)
-    twin = FloatTwin(setup, log, plans.path)
+    twin = FloatTwin(setup, log, plans.path, make_folder(model.parent / "out"))
     before = {name: parameter.detach().clone() for name, parameter in twin.parameters.items()}
     assert "lm_head.weight" in before and "model.embed_tokens.weight" in before
     log.begin(setup, twin)
-    twin.train(make_folder(model.parent / "out"), None)
+    twin.train()
     changed = {name for name, old in before.items() if not torch.equal(old, twin.parameters[name])}
     assert changed == {first, second, "lm_head.weight"}
     moved = (before["lm_head.weight"] != twin.parameters["lm_head.weight"]).any(1).nonzero().flatten()

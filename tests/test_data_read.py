@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from edgegt.data.read import FORMATS, Row, parse_columns, read_rows, split_rows
+from edgegt.data.formats import FORMATS
+from edgegt.data.read import BadRow, Row, parse_columns, read_rows, split_rows
 from edgegt.errors import InputError
+from edgegt.job import read_corpus
+from edgegt.options import RunOptions
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PAIRS = [('say, "hi"', "hi\nthere"), ("Straße", " ⟨ok⟩ "), ("3", "4")]
@@ -155,6 +159,72 @@ def test_malformed_json_names_row_column_and_excerpt(tmp_path: Path) -> None:
 )
 def test_refusals(tmp_path: Path, name: str, content: str | bytes, columns: dict[str, str] | None, said: str) -> None:
     assert said in refusal(write(tmp_path, name, content), columns)
+
+
+MIXED = {
+    "d.jsonl": (b'{"text": "a"}\n{"text": "b}\n[1]\n{"txt": 1}\n{"text": {}}\n{"text": "\xe9"}\n\n{"text": "z"}\n3\n""',
+                ["a", "z"], [(2, "malformed JSON at column 10"), (3, "a list, not an object"), (4, "no field 'text'"),
+                (5, "field 'text' is an object"), (6, "bytes that are not UTF-8"), (9, "a number, not an object"),
+                (10, "a text, not an object")]),
+    "d.json": (b'[3, {"text": "a"}, null, {"text": []}, true]', ["a"],
+               [(1, "a number, not an object"), (3, "null, not an object"), (4, "field 'text' is a list"),
+                (5, "a truth value, not an object")]),
+    "d.csv": (b'n,text\n1,a\n2\n3,"b"b\n4,c,d\n5,"x\n6,y\n7,\xff\n', ["a", "y"],
+              [(3, "1 field, the header has 2"), (4, "',' expected after '\"'"), (5, "3 fields, the header has 2"),
+               (6, "unexpected end of data"), (8, "bytes that are not UTF-8")]),
+    "d.txt": (b"one\n\ntw\xff\n\nthree", ["one", "three"], [(3, "bytes that are not UTF-8")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(MIXED))
+def test_bad_rows_are_left_out_and_listed(name: str, tmp_path: Path) -> None:
+    content, kept, bad = MIXED[name]
+    path = write(tmp_path, name, content)
+    source = read_rows(path, None, skip_bad=True)
+    assert [row.completion for row in source.rows] == kept
+    assert source.bad == tuple(BadRow(*one) for one in bad)
+    assert "--skip-bad-rows" in refusal(path)
+
+
+def test_reasons_hold_next_to_nothing_of_the_text(tmp_path: Path) -> None:
+    secret = "My name is Ada and my number is 555-0199"
+    rows = [{"text": "a"}, {secret: secret}, [secret], secret, {"text": [secret]}]
+    path = write(tmp_path, "d.jsonl", "\n".join(map(json.dumps, rows)) + f'\n{{"text": "{secret}')
+    source = read_rows(path, None, skip_bad=True)
+    assert len(source.bad) == 5 and not any(secret[:21] in one.reason for one in source.bad)
+
+
+class Letters:
+    """A tokenizer of one id per character."""
+
+    bos_token_id, eos_token_id = None, 0
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(one) for one in words] for words in text]}
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+
+def test_a_run_lists_the_bad_rows_of_both_files(tmp_path: Path) -> None:
+    good = [json.dumps({"text": f"text {number}"}) for number in range(3)]
+    data = write(tmp_path, "rows.jsonl", "\n".join([*good, *["{"] * 1200, '{"text": ""}']))
+    held = write(tmp_path, "held.csv", "text,n\na,1\nb\n")
+    options = RunOptions(model="m", data=str(data), eval_data=str(held), skip_bad_rows=True)
+    corpus = read_corpus(options, Letters())
+    shown = ", ".join(f"row {row} (malformed JSON at column 2)" for row in range(4, 9))
+    assert corpus.bad_lines() == [
+        f"left out 1200 bad rows of rows.jsonl: {shown} and 1195 more",
+        "left out 1 bad row of held.csv: row 3 (1 field, the header has 2)",
+    ]
+    tree = corpus.to_json()
+    assert (tree["rows"], tree["kept"], tree["dropped"]) == (1206, 4, {"empty text": 1, "bad row": 1201})
+    assert len(tree["bad_rows"]) == 1000
+    assert tree["bad_rows"][0] == {"file": "rows.jsonl", "row": 4, "reason": "malformed JSON at column 2"}
+    fine = read_corpus(replace(options, data=str(write(tmp_path, "fine.jsonl", "\n".join(good)))), Letters())
+    assert [one["file"] for one in fine.to_json()["bad_rows"]] == ["held.csv"]
+    with pytest.raises(InputError, match="row 4: malformed JSON"):
+        read_corpus(replace(options, skip_bad_rows=False), Letters())
 
 
 def sides(rows: list[Row], fraction: float = 0.3, seed: int = 1) -> tuple[set[str], set[str]]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import resource
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from edgegt.errors import EdgegtError, InputError
-from edgegt.folder import RunFolder, check_output, choose_folder, make_folder, new_folder, write_tensors
+from edgegt.errors import InputError
+from edgegt.folder import RunFolder, check_output, choose_folder, make_folder, new_folder
 
 
 @pytest.fixture(autouse=True)
@@ -66,25 +63,3 @@ def test_a_damaged_file_of_a_run_is_refused_in_one_line(text: str) -> None:
     assert "\n" not in str(refusal.value)
     with pytest.raises(InputError, match="not a finished run folder"):
         RunFolder(Path("run.json")).read("run.json")
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing() -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as a full disk, for this process
-    try:
-        with pytest.raises(EdgegtError, match=r"a\.safetensors' could not be written.*free space") as refusal:
-            write_tensors(Path("parts/a.safetensors"), {"a": torch.ones(10000)}, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "\n" not in str(refusal.value)
-    assert list(Path("parts").iterdir()) == []
-
-
-def test_tensors_are_written_whole_or_not_at_all() -> None:
-    path = Path("parts/a.safetensors")
-    write_tensors(path, {"a": torch.ones(3)}, {"key": "value"})
-    assert torch.equal(load_file(str(path))["a"], torch.ones(3))
-    Path("parts/b.safetensors").mkdir()
-    with pytest.raises(EdgegtError, match=r"b\.safetensors' could not be written"):
-        write_tensors(Path("parts/b.safetensors"), {"a": torch.ones(3)}, {})
-    assert sorted(item.name for item in Path("parts").iterdir()) == ["a.safetensors", "b.safetensors"]

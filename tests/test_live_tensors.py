@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 from edgegt.architecture import layers_of
 from edgegt.cost import CostTable
 from edgegt.data import Batch, Example, Row, collate
+from edgegt.disk import Lines
 from edgegt.memory import Formats, Setting, Surroundings, most_labelled, peak_terms
 from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW
@@ -337,7 +338,8 @@ def live_step(
         trainables.select(names)
         with recomputed(model.module.get_submodule(layers_of(model.module)[0]), again):
             pairs = [(0.0, batch)] * 2
-            train_round(parts, recipe, pairs, micro_batch, 0, Progress(), folder / "metrics.jsonl", after_step)
+            lines, fused = Lines(folder / "metrics.jsonl"), batch.shape.rows <= micro_batch
+            train_round(parts, recipe, pairs, micro_batch, 0, Progress(), lines, after_step, fused)
         peak = live.peak
     trainables.release()
     return held, peak

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgegt.cache import cache_dir
-from edgegt.errors import EdgegtError
+from edgegt.errors import NotFinite
 from edgegt.memory import SMALL_TENSOR
 from edgegt.native import Kernels, compiler_words, library
 from edgegt.optimizer import AdamW, Moments, clip, clip_together, eight_bit_works, round_into, schedule
@@ -251,12 +251,10 @@ def test_joint_clipping_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_scaled(bad: float) -> None:
+def test_a_gradient_that_is_not_finite_is_told_before_anything_is_scaled(bad: float) -> None:
     whole, spoilt = torch.tensor([3.0, 4.0]), torch.tensor([1.0, bad])
-    with pytest.raises(EdgegtError, match=r"^the gradient of h\.0\.w is not finite .*; lower --lr and run again$"):
+    with pytest.raises(NotFinite, match=r"^the gradient of h\.0\.w is not finite \(its norm is (nan|inf)\)$"):
         clip(spoilt, 1.0, "h.0.w")
-    with pytest.raises(
-        EdgegtError, match=r"^the gradient is not finite \(its norm is (nan|inf)\), nothing was updated"
-    ):
+    with pytest.raises(NotFinite, match=r"^the gradient is not finite \(its norm is (nan|inf)\)$"):
         clip_together([whole, spoilt], 1.0)
     assert torch.equal(whole, torch.tensor([3.0, 4.0])) and float(spoilt[0]) == 1.0

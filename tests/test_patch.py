@@ -75,7 +75,7 @@ def test_trained_rows_come_back_bit_for_bit(family: str, master: str, tmp_path: 
     trainables = trained(folder, [[*names[::5], model.head], names[1::4]], master, rows)
     save_patch(path, trainables.masters(), model.fingerprint, "model", "0")
     tensors, about = read_patch(path)
-    assert about["format"] == "2" and torch.equal(tensors[f"{model.head}|rows"], rows)
+    assert about["format"] == "sealed 2" and torch.equal(tensors[f"{model.head}|rows"], rows)
     assert tensors[model.head].shape == (len(rows), 64)
     assert all(value.dtype in (torch.float32, torch.int64) for value in tensors.values())
     table = model.module.get_input_embeddings().weight
@@ -128,7 +128,13 @@ def test_a_patch_comes_back_from_its_file(tmp_path: Path) -> None:
     found, about = read_patch(path)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert about == {"format": "1", "fingerprint": "f" * 64, "model": "model", "edgegt": "1.2.3", "separator": "\n"}
+    assert about == {
+        "format": "sealed 1",
+        "fingerprint": "f" * 64,
+        "model": "model",
+        "edgegt": "1.2.3",
+        "separator": "\n",
+    }
     assert [item.name for item in tmp_path.iterdir()] == ["patch.safetensors"]
 
 

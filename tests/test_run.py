@@ -20,7 +20,7 @@ from edgegt.patch import read_patch
 pytestmark = pytest.mark.skipif(not runs.HERE, reason="no stories260K or no E2E rows under shared/data")
 FILES = {
     "options.json", "profile.json", "costs.json", "run.json", "plan-0.json", "plan-1.json", "metrics.jsonl",
-    "eval.json", "patch.safetensors", "checkpoint", "frontier.json", "report.json", "report.html",
+    "eval.json", "patch.safetensors", "frontier.json", "report.json", "report.html",
 }  # fmt: skip
 BUDGET = 2 * 2**30
 
@@ -57,7 +57,6 @@ def here(words: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_the_run_folder_holds_the_files_of_the_contract(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == FILES
     assert stat.S_IMODE(finished.stat().st_mode) == 0o700
-    assert (finished / "checkpoint" / "state.safetensors").is_file()
     assert runs.read(finished, "options.json")["steps"] == 40
     assert runs.read(finished, "run.json")["finished"] is True
 
@@ -201,8 +200,8 @@ def test_a_stopped_run_keeps_what_was_trained(
     assert "Traceback" not in err
     last = err.splitlines()[-1]
     assert last.startswith(f"edgegt: stopped by {number.name} after step ")
-    assert str(folder / "patch.safetensors") in last
+    assert last.endswith(f", all of it is saved: `edgegt run --resume {folder}` goes on")
     tensors, _ = read_patch(folder / "patch.safetensors")
     assert set(tensors) == set(runs.read(folder, "plan-0.json")["selected"])
     assert runs.read(folder, "run.json")["finished"] is False
-    assert (folder / "checkpoint" / "state.safetensors").is_file()
+    assert list((folder / "checkpoint").glob("state-*.safetensors"))

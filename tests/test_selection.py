@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgegt.checkpoint import Position, save_checkpoint
 from edgegt.cost import Weight, Work
 from edgegt.loss import supervised_loss
 from edgegt.memory import Formats, state_bytes
@@ -222,19 +221,6 @@ def test_formats_are_chosen_before_the_first_selection(folder: Path) -> None:
         with pytest.raises(RuntimeError, match="before the first selection"):
             trainables.configure(Formats(), None)
         trainables.select([])
-
-
-def test_a_checkpoint_holds_all_that_continues_a_tensor(folder: Path, tmp_path: Path) -> None:
-    trainables = trainables_of(folder, "parked")
-    trainables.configure(Formats("bfloat16", "8-bit" if EIGHT_BIT else "float32"), torch.arange(0, 320, 4))
-    trainables.select([UP, NORM, HEAD])
-    train(trainables, 2)
-    found = load_file(str(save_checkpoint(tmp_path, trainables, Position(2, 0, 10))))
-    for name in (UP, NORM, HEAD):
-        for key, value in (trainables._kept(name) | states(trainables, name)).items():
-            saved = found.pop(f"{name}|{key}")
-            assert saved.dtype == value.dtype and torch.equal(saved, value), (name, key)
-    assert not found and trainables.live[HEAD].shape == (80, 64)
 
 
 def test_an_unknown_name_is_a_key_error(folder: Path) -> None:

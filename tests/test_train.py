@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgegt.attention import _additive_mask, _capped_attention, register_attention
 from edgegt.data import Batch
-from edgegt.errors import EdgegtError
+from edgegt.disk import Lines
 from edgegt.flops import FlopMeter, attach
 from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
@@ -22,7 +22,7 @@ from edgegt.optimizer import AdamW
 from edgegt.quant import Backend, ReferenceBackend
 from edgegt.selection import Trainables
 from edgegt.trace import trace
-from edgegt.train import Parts, Progress, Recipe, train_round
+from edgegt.train import Dropped, NoRoom, Parts, Progress, Recipe, train_round
 from edgegt.watch import MemoryWatch
 from tiny_models import CPU, FAMILIES, SHARED, batch_of, float_model, load, save_model, some_selections
 
@@ -70,8 +70,9 @@ class Run:
             micro_batch,
             0,
             self.progress,
-            self.path / "metrics.jsonl",
+            Lines(self.path / "metrics.jsonl"),
             lambda entry: self.losses.append(entry["loss"]),
+            fused=all(batch.shape.rows <= micro_batch for batch in batches),
         )
         return {name: parameter.detach().clone() for name, parameter in trainables.live.items()}
 
@@ -146,9 +147,48 @@ def test_a_loss_that_is_not_a_number_updates_nothing(rows: int, micro_batch: int
                   FlopMeter(), MemoryWatch(False))  # fmt: skip
     recipe, progress = Recipe(lambda step: 0.5, 1.0, 3, 1 << 62, lambda shape: 0), Progress()
     batches = [(0.0, batch_of(rows, seed, vocabulary=300)) for seed in range(3)]
-    with pytest.raises(EdgegtError, match=r"the loss of step \d is nan: nothing was updated by it; lower --lr \(0.5\)"):
-        train_round(parts, recipe, batches, micro_batch, 0, progress, tmp_path / "m.jsonl", lambda entry: None)
-    assert len(seen) == progress.step == (1 if micro_batch == rows else 0)
+    lines, fused = Lines(tmp_path / "m.jsonl"), micro_batch == rows
+    with pytest.raises(Dropped, match="the loss is nan") as dropped:
+        train_round(parts, recipe, batches, micro_batch, 0, progress, lines, lambda entry: None, fused)
+    assert len(seen) == progress.step == (1 if fused else 0)
+    assert not dropped.value.torn and model.weight.grad is None
+
+
+def test_a_dropped_step_is_passed_over_and_the_others_are_made(folder: Path) -> None:
+    run = Run(folder, [UP])
+    run.progress.dropped = {1}
+    run.train([batch_of(4, seed) for seed in range(3)], 4)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3]
+    assert run.trainables.optimizer.states[UP].step == 2
+
+
+@pytest.mark.parametrize("updated", [0, 1])
+def test_a_step_without_memory_is_not_made_and_says_whether_it_is_torn(updated: int, folder: Path) -> None:
+    run = Run(folder, [UP, HEAD])
+    step, seen = run.trainables.step, []
+
+    def failing(name: str, gradient: torch.Tensor, lr: float) -> None:
+        if len(seen) == updated:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+        seen.append(name)
+        step(name, gradient, lr)
+
+    run.trainables.step = failing  # type: ignore[method-assign]
+    with pytest.raises(NoRoom, match="can't allocate memory: you tried") as failed:
+        run.train([batch_of(4)], 4)
+    assert (failed.value.torn, run.progress.step, len(seen)) == (True, 0, updated)
+    assert all(parameter.grad is None for parameter in run.trainables.live.values())
+
+
+def test_the_rate_is_scaled_and_recorded_so(folder: Path) -> None:
+    whole, half = Run(folder, [UP], "whole"), Run(folder, [UP], "half")
+    half.progress.lr_scale = 0.5
+    start = whole.trainables.live[UP].detach().clone()
+    moved = [run.train([batch_of(4)], 4)[UP] - start for run in (whole, half)]
+    assert float(moved[1].norm() / moved[0].norm()) == pytest.approx(0.5, rel=1e-3)
+    lines = [json.loads((run.path / "metrics.jsonl").read_text()) for run in (whole, half)]
+    assert lines[1]["lr"] == lines[0]["lr"] / 2
 
 
 def test_a_stop_ends_the_round_after_the_step_in_hand(folder: Path) -> None:

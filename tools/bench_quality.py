@@ -145,14 +145,16 @@ class FloatTwin:
     trained, the other rows get no gradient. Optimizer states stay for tensors that are selected again.
     """
 
-    def __init__(self, setup: Any, log: Log, plans: Path) -> None:
+    def __init__(self, setup: Any, log: Log, plans: Path, folder: Any) -> None:
         import torch
 
         from edgegt.architecture import head_name
         from edgegt.full import FloatTrainee
         from edgegt.optimizer import AdamW
+        from edgegt.run import keeper_of
 
-        trainee = FloatTrainee(setup, log)
+        keeper = keeper_of(setup, folder, log)
+        trainee, self.metrics = FloatTrainee(setup, log, keeper), keeper.metrics
         self.setup, self.log, self.plans = setup, log, read_plans(plans)
         self.module, self.meter, self.progress = trainee.module, trainee.meter, trainee.progress
         head, layer = head_name(self.module), self.module.get_output_embeddings()
@@ -165,7 +167,7 @@ class FloatTwin:
             self.parameters[head].register_hook(lambda gradient: gradient * kept)
         self.optimizer = AdamW(False, setup.options.weight_decay)
 
-    def train(self, folder: Any, outcome: Any) -> None:
+    def train(self) -> None:
         """All rounds, through edgegt's own loop."""
         from edgegt.data import collate
         from edgegt.optimizer import schedule
@@ -187,8 +189,9 @@ class FloatTwin:
                 for epoch, indices in setup.schedule.batches[first : first + plan["steps"]]
             ]
             parts = Parts(self.module, setup.device, live, self._step, lambda: None, self.meter, setup.watch)
-            train_round(parts, recipe, batches, plan["micro_batch"], index, self.progress, folder.metrics,
-                        self.log.step)  # fmt: skip
+            fused = all(batch.shape.rows <= plan["micro_batch"] for _, batch in batches)
+            train_round(parts, recipe, batches, plan["micro_batch"], index, self.progress, self.metrics,
+                        self.log.step, fused)  # fmt: skip
 
     def _step(self, name: str, gradient: Any, lr: float) -> None:
         self.optimizer.update(name, self.parameters[name].data, gradient, lr)
@@ -204,17 +207,17 @@ def work(task: Task) -> Result:
     """Prepare and train as `edgegt run` does, and evaluate on the way; changes this process's settings."""
     share_the_machine()
     from edgegt.prepare import prepare
-    from edgegt.run import Outcome, _trainee
+    from edgegt.run import keeper_of, trainee_of
 
     options, log = RunOptions(**task.options), Curve(task.every, task.rows)
     setup = prepare(options, log)
     folder = make_folder(Path(task.folder))
     if task.plans is not None:
-        trainee: Any = FloatTwin(setup, log, Path(task.plans))
+        trainee: Any = FloatTwin(setup, log, Path(task.plans), folder)
     else:
-        trainee = _trainee(setup, log)
+        trainee = trainee_of(setup, log, keeper_of(setup, folder, log))
     log.begin(setup, trainee)
-    trainee.train(folder, Outcome())
+    trainee.train()
     plans = read_plans(Path(task.plans or task.folder))
     return Result(
         name=task.name,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgegt.data.read import Row, Source, parse_columns, read_rows, split_rows
+from edgegt.data.read import BadRow, Row, Source, parse_columns, read_rows, split_rows
 from edgegt.data.tokens import Example, TokenReport, tokenize
 
 if TYPE_CHECKING:
     from edgegt.data.batches import Batch, collate, length_bucketed, shape_of, split_micro
 
 __all__ = [
+    "BadRow",
     "Batch",
     "Example",
     "Row",

@@ -1,8 +1,8 @@
 """Rows of text from the user's file, and the part of them that is held out. Needs no torch.
 
-A row is a prompt and the completion to be learned. A file of any format becomes a stream of (number, record) pairs,
-one function per format. Bad input stops here, in one line that names file, row and remedy; rows without anything to
-learn are dropped and counted, never silently.
+A row is a prompt and the completion to be learned. A file of any format becomes a stream of (number, record) pairs
+(see `formats`). Bad input stops here, in one line that names file, row and remedy, unless bad rows are to be left out:
+then they are listed. Rows without anything to learn are dropped and counted, never silently.
 
 Prompt and completion are joined as given. Only where both sides lack whitespace at the seam (table columns such as
 E2E's `mr` and `ref`) a newline goes between them, so that their words do not run together. `Row.prompt` stays the text
@@ -12,24 +12,23 @@ as given; `Row.context` is what the model reads.
 from __future__ import annotations
 
 import codecs
-import contextlib
-import csv
 import hashlib
-import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import cast
 
+from edgegt.data.formats import FORMATS, SKIP, SUFFIXES, Fault, Fields, Record, listed
 from edgegt.errors import InputError, nearest
+from edgegt.units import format_text
 
-Record = tuple[int, Mapping[str, object]]
-END_OF_TEXT = "<|endoftext|>"
 COLUMN_EXAMPLE = "--columns prompt=NAME,completion=NAME or --columns text=NAME"
+_LONGEST_NAME = 100
+_MOST_NAMES = 1000
 
 
 @dataclass(frozen=True)
@@ -54,30 +53,48 @@ class Row:
 
 
 @dataclass(frozen=True)
+class BadRow:
+    """A row that was left out because it cannot be read. number: as in `Row`; reason: with little of the text."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Source:
-    """The rows of one file. dropped: number of rows left out, by reason; name: the file's name without its folder."""
+    """The rows of one file.
+
+    name: the file's name without its folder; dropped: number of rows without anything to learn, by reason; bad: the
+    rows that could not be read, in the file's order.
+    """
 
     rows: tuple[Row, ...]
     format: str
     name: str
     dropped: dict[str, int]
+    bad: tuple[BadRow, ...] = ()
 
 
-def read_rows(path: Path, columns: dict[str, str] | None) -> Source:
+def read_rows(path: Path, columns: dict[str, str] | None, skip_bad: bool = False) -> Source:
     """The rows of a JSONL, JSON, CSV, TSV or plain-text file.
 
-    columns: from `parse_columns`; None reads `prompt` and `completion`, or `text`.
+    columns: from `parse_columns`; None reads `prompt` and `completion`, or `text`. skip_bad: leave out and list rows
+    that cannot be read, where the rest of the file can.
     Raises: InputError naming file and row for anything that cannot be read, and for a file without a usable row.
     """
     format_name = _format_of(path)
     if format_name == "text" and columns:
-        raise InputError(f"'{path}' is plain text and has no columns: leave --columns out")
-    records = FORMATS[format_name](_decoded(path), path)
-    rows, dropped = _rows_of(records, path, columns)
+        raise InputError(f"'{_shown(path)}' is plain text and has no columns: leave --columns out")
+    records = FORMATS[format_name](_decoded(path, skip_bad), path)
+    rows, dropped, bad = _rows_of(records, path, columns, skip_bad)
     if not rows:
-        counted = " and ".join(f"{count} with {reason}" for reason, count in dropped.items())
-        raise InputError(f"'{path}' has no usable row ({counted or 'it is empty'}): give a file with text to learn")
-    return Source(tuple(rows), format_name, path.name, dropped)
+        counted = [f"{count} with {reason}" for reason, count in dropped.items()]
+        if bad:
+            rest = "" if dropped else "all "
+            counted.append(f"{rest}{len(bad)} bad, such as row {bad[0].number}: {bad[0].reason}")
+        found = " and ".join(counted) or "it is empty"
+        raise InputError(f"'{_shown(path)}' has no usable row ({found}): give a file with text to learn")
+    return Source(tuple(rows), format_name, path.name, dropped, tuple(bad))
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -86,15 +103,17 @@ def parse_columns(text: str) -> dict[str, str]:
     Raises: InputError for another shape or an unknown role.
     """
     columns: dict[str, str] = {}
+    shown = format_text(text, 100)
     for part in text.split(","):
         role, equals, column = (piece.strip() for piece in part.partition("="))
         if not equals or not column or role in columns:
-            raise InputError(f"--columns '{text}': '{part.strip()}' is not one ROLE=NAME; write {COLUMN_EXAMPLE}")
+            one = format_text(part.strip())
+            raise InputError(f"--columns '{shown}': '{one}' is not one ROLE=NAME; write {COLUMN_EXAMPLE}")
         if role not in ("prompt", "completion", "text"):
-            raise InputError(f"--columns '{text}': unknown role '{role}'; write {COLUMN_EXAMPLE}")
+            raise InputError(f"--columns '{shown}': unknown role '{format_text(role)}'; write {COLUMN_EXAMPLE}")
         columns[role] = column
     if set(columns) not in ({"prompt", "completion"}, {"text"}):
-        raise InputError(f"--columns '{text}' names only {_listed(columns)}; write {COLUMN_EXAMPLE}")
+        raise InputError(f"--columns '{shown}' names only {listed(columns)}; write {COLUMN_EXAMPLE}")
     return columns
 
 
@@ -129,172 +148,138 @@ def _place(key: str, seed: int) -> float:
 
 
 def _format_of(path: Path) -> str:
+    shown = _shown(path)
     if os.path.isdir(path):
-        raise InputError(f"data '{path}' is a folder: give one file, {_listed(SUFFIXES)}")
+        raise InputError(f"data '{shown}' is a folder: give one file, {listed(SUFFIXES)}")
     if not os.path.exists(path):
-        siblings = os.listdir(path.parent) if os.access(path.parent, os.R_OK | os.X_OK) else []
-        raise InputError(f"data file '{path}' does not exist{nearest(path.name, siblings)}: check the path of --data")
+        hint = _hint(path.name, _siblings(path))
+        raise InputError(f"data file '{shown}' does not exist{hint}: check the path of --data")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise InputError(f"'{path}' has the unknown format '{suffix}': convert or rename to {_listed(SUFFIXES)}")
+        raise InputError(f"'{shown}' has the unknown format '{format_text(suffix)}': convert or rename to "
+                         f"{listed(SUFFIXES)}")  # fmt: skip
+    if not os.path.isfile(path):
+        raise InputError(f"'{shown}' is not a regular file: copy what it gives into one")
     return SUFFIXES[suffix]
 
 
-def _decoded(path: Path) -> str:
+def _siblings(path: Path) -> list[str]:
+    try:
+        return os.listdir(path.parent)
+    except (OSError, ValueError):
+        return []
+
+
+def _decoded(path: Path, skip_bad: bool) -> str:
+    """The text of the file; with `skip_bad`, a byte that is not UTF-8 becomes U+DC00 and its value, to be found later.
+
+    UTF-16 has no such place holder, since what follows a lost byte is lost too.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise InputError(f"'{path}' cannot be read ({error.strerror}): check its permissions") from error
-    encoding, name = ("utf-16", "UTF-16") if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "UTF-8")
+        raise InputError(f"'{_shown(path)}' cannot be read ({error.strerror}): check its permissions") from error
+    wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
-        return raw.decode(encoding)
+        if wide:
+            return raw.decode("utf-16")
+        return raw.decode("utf-8-sig", "surrogateescape" if skip_bad else "strict")
     except UnicodeDecodeError as error:
         at = error.start + (3 if raw[:3] == codecs.BOM_UTF8 else 0)
-        where = f"'{path}' line {raw.count(bytes([10]), 0, at) + 1}"
-        raise InputError(f"{where}: byte {at} (0x{raw[at]:02x}) is not valid {name}: save the file as UTF-8") from error
+        where = f"'{_shown(path)}' line {raw.count(bytes([10]), 0, at) + 1}"
+        name, remedy = ("UTF-16", "") if wide else ("UTF-8", f", {SKIP}")
+        fault = f"byte {at} (0x{raw[at]:02x}) is not valid {name}"
+        raise InputError(f"{where}: {fault}: save the file as UTF-8{remedy}") from error
 
 
-def _rows_of(records: Iterable[Record], path: Path, columns: dict[str, str] | None) -> tuple[list[Row], dict[str, int]]:
+def _rows_of(
+    records: Iterable[Record], path: Path, columns: dict[str, str] | None, skip_bad: bool
+) -> tuple[list[Row], dict[str, int], list[BadRow]]:
+    """Rows, how many were dropped for which reason, and bad rows. The first row that has them decides the columns."""
     rows: list[Row] = []
+    bad: list[BadRow] = []
     dropped: Counter[str] = Counter()
     roles: Mapping[str, str] | None = None
+    unfit: Fields | None = None
     for number, record in records:
-        roles = roles or _roles(record, path, columns)
-        values = {role: _value(record, field, f"'{path}' row {number}") for role, field in roles.items()}
-        learned = "text" if "text" in roles else "completion"
-        row = Row(values.get("prompt", ""), values[learned], number)
-        if not row.completion.strip():
-            dropped[f"empty {learned}"] += 1
-        elif re.search("[\ud800-\udfff]", row.prompt + row.completion):
+        found: Row | Fault
+        if isinstance(record, Fault):
+            found = record
+        elif (roles := roles or _roles(record, columns)) is not None:
+            found = _row(record, roles, number)
+        elif skip_bad:
+            unfit = record if unfit is None else unfit
+            found = Fault("without the columns", "")
+        else:
+            raise _lacking(record, path, columns)
+        if isinstance(found, Fault):
+            if not skip_bad:
+                raise found.error(path, number)
+            bad.append(BadRow(number, found.reason))
+        elif skip_bad and re.search("[\udc80-\udcff]", found.prompt + found.completion):
+            bad.append(BadRow(number, "bytes that are not UTF-8"))
+        elif not found.completion.strip():
+            dropped[f"empty {'completion' if roles is None or 'text' not in roles else 'text'}"] += 1
+        elif re.search("[\ud800-\udfff]", found.prompt + found.completion):
             dropped["half a surrogate pair (broken Unicode)"] += 1
         else:
-            rows.append(row)
-    return rows, dict(dropped)
+            rows.append(found)
+    if roles is None and unfit is not None:
+        raise _lacking(unfit, path, columns)
+    return rows, dict(dropped), bad
 
 
-def _roles(record: Mapping[str, object], path: Path, columns: dict[str, str] | None) -> Mapping[str, str]:
-    """Which field of the file plays which role, decided on its first row."""
-    for name in (columns or {}).values():
-        if name not in record:
-            hint = nearest(name, record)
-            raise InputError(f"'{path}' has no column '{name}'{hint}: it has {_listed(record)}; correct --columns")
+def _row(record: Fields, roles: Mapping[str, str], number: int) -> Row | Fault:
+    values: dict[str, str] = {}
+    for role, field in roles.items():
+        value = _value(record, field)
+        if isinstance(value, Fault):
+            return value
+        values[role] = value
+    return Row(values.get("prompt", ""), values["text" if "text" in roles else "completion"], number)
+
+
+def _roles(record: Fields, columns: dict[str, str] | None) -> Mapping[str, str] | None:
+    """Which field of the record plays which role; None where it lacks them."""
     if columns:
-        return columns
+        return columns if all(name in record for name in columns.values()) else None
     for roles in (("prompt", "completion"), ("text",)):
         if all(role in record for role in roles):
             return {role: role for role in roles}
-    found = f"it has {_listed(record)}; use {COLUMN_EXAMPLE}"
-    raise InputError(f"'{path}' has neither 'prompt' and 'completion' nor 'text': {found}")
+    return None
 
 
-def _value(record: Mapping[str, object], field: str, where: str) -> str:
+def _lacking(record: Fields, path: Path, columns: dict[str, str] | None) -> InputError:
+    for name in (columns or {}).values():
+        if name not in record:
+            has = f"it has {listed(record)}; correct --columns"
+            return InputError(f"'{_shown(path)}' has no column '{format_text(name)}'{_hint(name, record)}: {has}")
+    found = f"it has {listed(record)}; use {COLUMN_EXAMPLE}"
+    return InputError(f"'{_shown(path)}' has neither 'prompt' and 'completion' nor 'text': {found}")
+
+
+def _value(record: Fields, field: str) -> str | Fault:
     """The text of a field; null is empty, numbers become text."""
+    short = format_text(field, 20)
     if field not in record:
-        raise InputError(f"{where} has no field '{field}': it has {_listed(record)}; add it or delete the row")
+        reason = f"no field '{short}'"
+        return Fault(reason, f" has {reason}: it has {listed(record)}; add it or delete the row")
     value = record[field]
     if value is None:
         return ""
     if not isinstance(value, (list, dict)):
         return value if isinstance(value, str) else json.dumps(value)
-    kind = "a list" if isinstance(value, list) else "an object"
-    raise InputError(f"{where}: field '{field}' is {kind}, wanted text or a number: join it to one text first")
+    reason = f"field '{short}' is {'a list' if isinstance(value, list) else 'an object'}"
+    return Fault(reason, f": {reason}, wanted text or a number: join it to one text first")
 
 
-def _jsonl(text: str, path: Path) -> Iterator[Record]:
-    """One object per line. Not splitlines(): U+2028 and others may stand inside a JSON string."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, _object(_parsed(line, path, number), path, number)
+def _hint(name: str, known: Iterable[str]) -> str:
+    """`nearest` among names that a person could have mistyped: comparing long ones takes time with their square."""
+    if len(name) > _LONGEST_NAME:
+        return ""
+    short = (one for one in islice(known, _MOST_NAMES) if len(one) <= _LONGEST_NAME)
+    return format_text(nearest(name, short), None)
 
 
-def _json(text: str, path: Path) -> Iterator[Record]:
-    """One list of objects; one object per line is accepted under this name too."""
-    if all(line.lstrip()[:1] in ("", "{") for line in text.split("\n")):
-        yield from _jsonl(text, path)
-        return
-    if not text.lstrip().startswith("["):
-        raise InputError(f"'{path}' is not a list of objects: write [{{...}}, {{...}}] or one object per line")
-    for number, value in enumerate(cast("list[object]", _parsed(text, path, None)), start=1):
-        yield number, _object(value, path, number)
-
-
-def _parsed(text: str, path: Path, row: int | None) -> object:
-    """The JSON value of a line, or of a whole list when row is None."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"row {row}" if row else f"row {_failing_row(text, error.pos)} (line {error.lineno})"
-        excerpt = text[max(0, error.pos - 20) : error.pos + 20]
-        what = f"malformed JSON at column {error.colno} ({error.msg}) near {excerpt!r}"
-        raise InputError(f"'{path}' {where}: {what}: correct or delete it") from error
-    except (ValueError, RecursionError) as error:
-        where = f" row {row}" if row else ""
-        raise InputError(f"'{path}'{where}: a number too long or brackets too deep to read: delete it") from error
-
-
-def _failing_row(text: str, position: int) -> int:
-    """1-based place in the list of the object at or around a position that could not be read."""
-    between = re.compile(r"[\s,]*")
-    row, at = 1, text.index("[") + 1
-    with contextlib.suppress(ValueError, RecursionError):
-        while (at := between.match(text, at).end()) < position:  # type: ignore[union-attr]
-            at = json.JSONDecoder().raw_decode(text, at)[1]
-            row += 1
-    return row
-
-
-def _object(value: object, path: Path, number: int) -> Mapping[str, object]:
-    if isinstance(value, dict):
-        return value
-    wanted = 'an object: write {"prompt": ..., "completion": ...}'
-    raise InputError(f"'{path}' row {number} is {json.dumps(value)[:40]}, not {wanted}")
-
-
-def _csv(text: str, path: Path) -> Iterator[Record]:
-    """Spreadsheets of some countries write semicolons."""
-    return _table(text, path, ";" if re.match(r"[^,\n]*;[^,\n]*(\n|$)", text) else ",")
-
-
-def _table(text: str, path: Path, delimiter: str = "\t") -> Iterator[Record]:
-    """A table whose first row names the columns."""
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    number = 0
-    try:
-        for number, fields in enumerate(reader, start=1):
-            if not header:
-                header = [name.strip() for name in fields]
-            elif fields:
-                if len(fields) != len(header):
-                    counts = f"{len(fields)} fields, the header has {len(header)}"
-                    raise InputError(f"'{path}' row {number} has {counts}: put text that holds {delimiter!r} in quotes")
-                yield number, dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise InputError(f"'{path}' row {number + 1}: {error}: close every quote and double those inside") from error
-
-
-def _text(text: str, path: Path) -> Iterator[Record]:
-    """Texts divided by lines of <|endoftext|>, else by blank lines, else the whole."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    marked = any(line.strip() == END_OF_TEXT for line in lines)
-    piece: list[str] = []
-    start = 1
-    for number, line in enumerate([*lines, END_OF_TEXT], start=1):
-        if line.strip() == END_OF_TEXT or not (marked or line.strip()):
-            if piece:
-                yield start, {"text": "\n".join(piece).rstrip()}
-            piece = []
-        elif piece or line.strip():
-            start = start if piece else number
-            piece.append(line)
-
-
-def _listed(names: Iterable[str], most: int = 8) -> str:
-    shown = [f"'{name}'" for name in names]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
-
-
-Reader = Callable[[str, Path], Iterator[Record]]
-FORMATS: dict[str, Reader] = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _table, "text": _text}
-SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "text"}
+def _shown(path: Path) -> str:
+    return format_text(path, None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgegt.errors import EdgegtError
+from edgegt.errors import OutOfMemory
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -180,9 +180,9 @@ class Kernels:
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
     def _with_room(self, name: str, *arguments: Any) -> None:
-        """Call what needs memory of its own. Raises: EdgegtError when there is none."""
+        """Call what needs memory of its own. Raises: OutOfMemory when there is none."""
         if not self._call(name, *arguments):
-            raise EdgegtError(f"no memory is left for '{name}': end other programs, or give a lower --memory")
+            raise OutOfMemory(f"no memory is left for '{name}': end other programs, or give a lower --memory")
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call with the addresses of tensors; they outlive the call, since the caller holds them."""

@@ -65,7 +65,10 @@ def check_backends(device: torch.device | str) -> list[BackendCheck]:
     return _backend.check(backends_of(torch.device(device)), torch.device(device))
 
 
-def choose_backend(device: torch.device | str, cache_dir: Path) -> Choice:
-    """The fastest backend whose kernels agree here, measured once per machine and version (`backend.json`)."""
+def choose_backend(device: torch.device | str, cache_dir: Path, wanted: str | None = None) -> Choice:
+    """The fastest backend whose kernels agree here, measured once per machine and version (`backend.json`).
+
+    wanted: the one that was chosen before, which is taken if it loads.
+    """
     device = torch.device(device)
-    return _backend.choose(backends_of(device), device, cache_dir)
+    return _backend.choose(backends_of(device), device, cache_dir, wanted)

@@ -13,6 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from math import prod
@@ -215,9 +216,17 @@ def check(backends: Mapping[str, Callable[[], Backend]], device: torch.device) -
     return [replace(item, gflops=speeds[item.name], note=note) if item.ok else item for item in results]
 
 
-def choose(backends: Mapping[str, Callable[[], Backend]], device: torch.device, cache_dir: Path) -> Choice:
-    """The stored choice for this machine and these versions, or a new one, which is stored."""
+def choose(
+    backends: Mapping[str, Callable[[], Backend]], device: torch.device, cache_dir: Path, wanted: str | None = None
+) -> Choice:
+    """The stored choice for this machine and these versions, or a new one, which is stored.
+
+    wanted: the backend that was chosen before; it is taken, measured or not, if it loads.
+    """
     known = {**backends, ReferenceBackend.name: ReferenceBackend}
+    if wanted in known:
+        with suppress(Exception):  # whatever a native package raises: another one is chosen
+            return Choice(known[wanted](), (), "as chosen before")
     path, key = cache_dir / FILE_NAME, machine_key(device)
     stored, lines = _read(path)
     entry = stored.get(key)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgegt.errors import EdgegtError, InputError
+from edgegt.errors import InputError, NotFinite
 
 CHUNK_ELEMENTS = 2**18
 SMALLEST_SCALE = 2.0**-100
@@ -71,7 +71,7 @@ def split_planes(w: Tensor, chunk_rows: int | None = None) -> Int8Weight:
 def refresh_planes(weight: Int8Weight, master: Tensor, chunk_rows: int | None = None) -> None:
     """Recompute the planes and scales of `weight` in place from its float master [out, in].
 
-    Raises: EdgegtError when the master holds a value that is not finite (training diverged).
+    Raises: NotFinite when the master holds a value that is not finite (training diverged).
     """
     if master.shape != weight.shape:
         raise ValueError(f"master is {tuple(master.shape)}, the planes are {tuple(weight.shape)}")
@@ -80,9 +80,9 @@ def refresh_planes(weight: Int8Weight, master: Tensor, chunk_rows: int | None = 
 
 
 def check_planes(finite: bool) -> None:
-    """Raises: EdgegtError when refreshed planes are of a master that is not finite."""
+    """Raises: NotFinite when refreshed planes are of a master that is not finite."""
     if not finite:
-        raise EdgegtError("a trained tensor holds NaN or infinity: run again with a lower --lr")
+        raise NotFinite("a trained tensor holds NaN or infinity")
 
 
 def dequantize(weight: Int8Weight, out: Tensor | None = None) -> Tensor:

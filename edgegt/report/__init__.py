@@ -1,6 +1,7 @@
 """The report pulls: it reads a finished or interrupted run folder and pushes nothing into the run.
 
     facts    the run folder as frozen values, and report.json (the stable contract)
+    events   what happened besides training, as rows and as marks in pictures
     reach    the frontier of the run's budgets, from the plan that it recorded
     charts   those values as inline SVG; `grid` and `frontier` draw one picture each
     page     numbers as text, and the one self-contained page

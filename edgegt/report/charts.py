@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import matplotlib
@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from edgegt.report.events import PAUSES, TURNS, marked_steps
 from edgegt.report.facts import RunFacts, number
 from edgegt.units import GIB, MIB, format_bytes
 
@@ -179,8 +180,19 @@ def _rounds(axes: Axes, facts: RunFacts) -> None:
             )  # fmt: skip
 
 
-def _over_steps(facts: RunFacts) -> tuple[Figure, Axes]:
-    figure, axes = canvas(500, 290, 62, 14, 24, 46)
+def _mark(axes: Axes, facts: RunFacts, kinds: Sequence[str], colour: str) -> None:
+    """A small triangle on the axis at each step where something of these kinds happened."""
+    steps = marked_steps(facts.events, kinds, facts.last_step)
+    if steps:
+        beside = axes.get_xaxis_transform()
+        axes.plot(
+            steps, [0.0] * len(steps), transform=beside, marker="^", markersize=7, color=colour, markeredgewidth=0,
+            linestyle="none", clip_on=False, zorder=6,
+        )  # fmt: skip
+
+
+def _over_steps(facts: RunFacts, wide: bool = False) -> tuple[Figure, Axes]:
+    figure, axes = canvas(1000 if wide else 500, 240 if wide else 290, 62, 14, 24, 46)
     axes.grid(axis="y", color=LINE, linewidth=1)
     axes.set_xlabel("optimizer step", color=MUTED, labelpad=6)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -210,6 +222,9 @@ def loss_chart(facts: RunFacts) -> str | None:
             va="top" if at == 0 else "bottom", textcoords="offset points", ha="left" if at == 0 else "right",
         )  # fmt: skip
     axes.set_ylabel("loss (nats per token)", color=MUTED, labelpad=6)
+    _mark(axes, facts, TURNS, INK)
+    if not has(facts, "temperature_c"):
+        _mark(axes, facts, PAUSES, BUDGET)
     return to_svg(figure, "loss", "training loss by step, held-out loss before and after")
 
 
@@ -232,6 +247,46 @@ def memory_chart(facts: RunFacts) -> str | None:
     axes.set_ylim(0, top / unit * 1.06)
     axes.set_ylabel(f"memory ({unit_name})", color=MUTED, labelpad=6)
     return to_svg(figure, "memory", "memory by step against the budget")
+
+
+def has(facts: RunFacts, key: str) -> bool:
+    """Whether metrics.jsonl has any number of this column."""
+    return any(number(line, key) is not None for line in facts.metrics)
+
+
+def temperature_chart(facts: RunFacts, wide: bool) -> str | None:
+    """Degrees by step against the ceiling, the hottest of neighbours, with a mark at each pause; None without any."""
+    steps, found = _series(facts, "temperature_c")
+    if not steps:
+        return None
+    figure, axes = _over_steps(facts, wide)
+    axes.plot(thin(steps, _mean), thin(found, max), color=ACCENT, linewidth=2.2, **_dot(steps))
+    lowest, highest = min(found), max([*found, facts.ceiling_c or 0.0])
+    if facts.ceiling_c is not None:
+        axes.axhline(facts.ceiling_c, color=BUDGET, linewidth=2)
+    axes.set_ylim(lowest - max(2.0, 0.1 * (highest - lowest)), highest + max(1.0, 0.06 * (highest - lowest)))
+    axes.set_ylabel("temperature (°C)", color=MUTED, labelpad=6)
+    _mark(axes, facts, PAUSES, BUDGET)
+    return to_svg(figure, "temperature" + "-wide" * wide, "temperature by step against the ceiling")
+
+
+def power_chart(facts: RunFacts, wide: bool) -> str | None:
+    """Watts by step, raw and smoothed, from 0; None without any."""
+    steps, found = _series(facts, "power_w")
+    if not steps:
+        return None
+    figure, axes = _over_steps(facts, wide)
+    axes.plot(thin(steps, _mean), thin(found, _mean), color=ACCENT, alpha=0.35, linewidth=1)
+    smoothed = smooth(found, 1 - 1 / max(2.0, min(25.0, len(found) / 12)))
+    axes.plot(thin(steps, _mean), thin(smoothed, _mean), color=ACCENT, linewidth=2.2, **_dot(steps))
+    axes.set_ylim(0, max(1.0, 1.08 * max(found)))
+    axes.set_ylabel("power (W)", color=MUTED, labelpad=6)
+    return to_svg(figure, "power" + "-wide" * wide, "power by step")
+
+
+def _dot(steps: Sequence[float]) -> dict[str, Any]:
+    """A line through a single point would not be seen."""
+    return {"marker": "o", "markersize": 5} if len(steps) == 1 else {}
 
 
 def _mean(values: Sequence[float]) -> float:

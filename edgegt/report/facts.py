@@ -34,6 +34,8 @@ class RunFacts:
     before: Tree | None
     after: Tree | None
     examples: tuple[Tree, ...]
+    events: tuple[Tree, ...] = ()
+    ceiling_c: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -97,6 +99,8 @@ def read_facts(folder: Path) -> RunFacts:
         before=evaluation.get("before") or None,
         after=evaluation.get("after") or None,
         examples=tuple(shown or ()),
+        events=tuple(event for line in _read_lines(folder / "events.jsonl") if (event := _event(line)) is not None),
+        ceiling_c=_ceiling(folder / "profile.json"),
     )
 
 
@@ -124,6 +128,23 @@ def _read_lines(path: Path) -> Iterator[Tree]:
             continue
         if isinstance(tree, dict):
             yield tree
+
+
+def _event(line: Tree) -> Tree | None:
+    """An event with the numbers that it has, None for a line that is none."""
+    kind, text = line.get("kind"), line.get("text")
+    if not (isinstance(kind, str) and kind and isinstance(text, str)):
+        return None
+    numbers = {key: value for key in ("at_s", "step", "paused_s") if (value := number(line, key)) is not None}
+    return {"kind": kind[:40], "text": " ".join(text.split())[:300], **numbers}
+
+
+def _ceiling(profile: Path) -> float | None:
+    """The temperature at which the device of this profile should rest; None where the profile cannot be read."""
+    try:
+        return number(_read_tree(profile), "ceiling_c")
+    except InputError:
+        return None
 
 
 def measured(facts: RunFacts) -> Tree:
@@ -227,6 +248,8 @@ def build_report(facts: RunFacts) -> Tree:
         "memory_terms": memory_terms(facts),
         "measured_terms": _bytes_by_name(facts.run.get("measured_terms")),
         "data": {key: value for key, value in facts.part("data").items() if key != "examples"},
+        "events": list(facts.events),
+        "temperature": _temperature(facts),
         **_energy_keys(facts),
     }
     finite: Tree = _finite(report)
@@ -242,6 +265,13 @@ def _round(plan: Tree) -> Tree:
         "micro_batch": plan.get("micro_batch"),
         **{key: plan.get(key) for key in kept},
     }
+
+
+def _temperature(facts: RunFacts) -> Tree:
+    """The hottest that was measured, None without a sensor, and the seconds of rest for heat."""
+    found = [value for line in facts.metrics if (value := number(line, "temperature_c")) is not None]
+    rests = [number(event, "paused_s") or 0.0 for event in facts.events if event["kind"] == "heat"]
+    return {"max_c": max(found, default=None), "ceiling_c": facts.ceiling_c, "paused_s": sum(rests)}
 
 
 def _energy_keys(facts: RunFacts) -> Tree:

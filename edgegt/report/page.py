@@ -16,6 +16,7 @@ from markupsafe import Markup
 from edgegt.frontier import Frontier
 from edgegt.report import charts, words
 from edgegt.report.charts import Bar
+from edgegt.report.events import PAUSES, TURNS, event_rows, marked_steps
 from edgegt.report.facts import RunFacts, number
 from edgegt.report.frontier import frontier_svg
 from edgegt.report.grid import draw_tensors
@@ -54,6 +55,10 @@ def _texts(facts: RunFacts, report: Tree) -> dict[str, Any]:
         "costs": words.cost_rows(facts, report),
         "cost_notes": words.cost_notes(facts),
         "times": words.time_rows(report),
+        "heat_lead": words.heat_lead(facts, report),
+        "happened": event_rows(facts.events),
+        "turns": bool(marked_steps(facts.events, TURNS, facts.last_step)),
+        "pauses": bool(marked_steps(facts.events, PAUSES, facts.last_step)),
         "data": words.data_rows(report["data"]),
         "held_out": words.held_out_rows(facts),
         "examples": words.example_rows(facts),
@@ -75,6 +80,8 @@ def _pictures(facts: RunFacts, report: Tree) -> dict[str, Markup | None]:
         "tensors": draw_tensors(facts.plans),
         "loss": charts.loss_chart(facts),
         "memory": charts.memory_chart(facts),
+        "temperature": charts.temperature_chart(facts, wide=not charts.has(facts, "power_w")),
+        "power": charts.power_chart(facts, wide=not charts.has(facts, "temperature_c")),
     }
     return {name: None if drawing is None else Markup(drawing) for name, drawing in drawings.items()}
 

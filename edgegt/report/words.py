@@ -295,6 +295,22 @@ def cost_notes(facts: RunFacts) -> list[str]:
     return [*notes, f"CO₂ at {CO2_KG_PER_KWH} kg/kWh ({CO2_SOURCE})."]
 
 
+def heat_lead(facts: RunFacts, report: Tree) -> str:
+    """The hottest moment against the ceiling, rests for heat, and power, as far as they are known."""
+    heat = report["temperature"]
+    hottest, ceiling, rested = (number(heat, key) for key in ("max_c", "ceiling_c", "paused_s"))
+    watts = [value for line in facts.metrics if (value := number(line, "power_w")) is not None]
+    parts = []
+    if hottest is not None:
+        against = "" if ceiling is None else f", the ceiling is {ceiling:g} °C"
+        parts.append(f"At most {hottest:.1f} °C{against}.")
+    if hottest is not None or rested:
+        parts.append(f"{format_duration(rested)} of rest for heat." if rested else "No rest for heat.")
+    if watts:
+        parts.append(f"{sum(watts) / len(watts):.1f} W on average where it was measured, {max(watts):.1f} W at most.")
+    return " ".join(parts)
+
+
 def time_rows(report: Tree) -> list[Row]:
     """Seconds per step, predicted and measured on this machine, and what is predicted for the device elsewhere."""
     predicted, used, device = report["predicted"], report["measured"], report["device"]

@@ -1,0 +1,147 @@
+"""Between two steps: is a checkpoint due, is the machine cool, powered and roomy enough, and what happened.
+
+One keeper belongs to one run. It knows when; what a checkpoint holds is the trainee's to say.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edgegt.checkpoint import Checkpoints
+from edgegt.disk import Lines, read_lines, write_text
+from edgegt.folder import RunFolder
+from edgegt.guard import MemoryGuard
+from edgegt.log import Log
+from edgegt.options import RunOptions
+from edgegt.pacing import Pacer
+from edgegt.sensors import MachineSensors, Reading, Sensors
+from edgegt.watch import MemoryWatch
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Kept(Protocol):
+    """What is kept: a model in training."""
+
+    progress: Any
+
+    def state(self) -> dict[str, Any]:
+        """Everything but tensors that an exact resume needs."""
+
+    def tensors(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """The live tensors, in the order in which a step changes them."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run hears of its surroundings. available: bytes that can be had now; None: from the system."""
+
+    sensors: Sensors = field(default_factory=MachineSensors)
+    available: Callable[[], int] | None = None
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+class Keeper:
+    """Keeps one run. common: what every checkpoint holds beside the trainee's state; started: by time.perf_counter."""
+
+    def __init__(
+        self, folder: RunFolder, options: RunOptions, ceiling_c: float, watch: MemoryWatch, budget_bytes: int,
+        machine: Machine, log: Log, common: dict[str, Any], started: float,
+    ) -> None:  # fmt: skip
+        self.folder, self.log, self.common = folder, log, common
+        self.metrics, self.events = Lines(folder.metrics), Lines(folder.events)
+        self.checkpoints = Checkpoints(folder.checkpoints, self.metrics.synchronise)
+        self.guard = MemoryGuard(watch, budget_bytes, machine.available or watch.available, machine.clock)
+        self.kept: Kept | None = None
+        self.sessions: list[dict[str, Any]] = []
+        self._started = started
+        self._every_steps, self._every_s = options.checkpoint_interval
+        self._saved_at, self._saved_step = time.perf_counter(), 0
+        self._reading: Reading | None = None
+        self.pacer = Pacer(
+            machine.sensors, ceiling_c, options.min_battery, options.only_on_mains, log.say, self.record,
+            self._stopped, machine.clock, machine.sleep,
+        )  # fmt: skip
+
+    def record(self, event: dict[str, Any]) -> None:
+        """Note what happened (kind, text and facts) in events.jsonl."""
+        step = self.kept.progress.step if self.kept is not None else 0
+        at_s = round(time.perf_counter() - self._started, 3)
+        self.events.add({"at_s": at_s, "step": step, **event})
+
+    def save(self, wait: bool = False) -> None:
+        """Begin a checkpoint of what is trained now; wait: until it is on the disk. Raises: DiskError.
+
+        None is begun while steps are dropped one after the other: what makes losses infinite is no place to go back to.
+        """
+        assert self.kept is not None
+        if self.kept.progress.dropped_in_a_row and not wait:
+            return
+        step = self.kept.progress.step
+        spent_s = time.perf_counter() - self._started
+        facts = {"seconds_spent": spent_s, "fallbacks": list(self.log.fallbacks), "sessions": self.sessions}
+        state = {**self.common, **facts, **self.kept.state()}
+        self.checkpoints.begin(step, state, self.kept.tensors())
+        self._saved_at, self._saved_step = time.perf_counter(), step
+        if wait:
+            self.checkpoints.finish()
+
+    def resumed(self, step: int) -> None:
+        """The run goes on from a checkpoint after `step`: the logs are cut to it. Raises: DiskError."""
+        self.cut_metrics(step)
+        self._saved_step = self.checkpoints.last_step = step
+        self.record({"kind": "resume", "text": f"the run goes on after step {step}"})
+
+    def after_step(self, planned_bytes: int, step_s: float) -> None:
+        """What is due after a step. Raises: StepBack when memory runs short; DiskError when the disk is full."""
+        assert self.kept is not None
+        self.checkpoints.check()
+        if self._stopped():
+            return
+        if self._due():
+            self.save()
+        self._reading = self.pacer.between_steps(step_s, lambda: self.save(wait=True)) or self._reading
+        self.guard.check(planned_bytes)
+
+    def facts(self) -> dict[str, float]:
+        """What the sensors said last, for one line of metrics.jsonl."""
+        reading, self._reading = self._reading, None
+        if reading is None:
+            return {}
+        names = ("temperature_c", "power_w", "throttled", "battery_percent")
+        return {name: value for name in names if (value := getattr(reading, name)) is not None}
+
+    def cut_metrics(self, step: int) -> None:
+        """Leave out of metrics.jsonl what came after this step, and lines that were torn. Raises: DiskError."""
+        self.metrics.close()
+        path = self.folder.metrics
+        if not path.is_file():
+            return
+        lines = [line for line in read_lines(path) if line.get("step", step + 1) <= step]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        if text.encode() != path.read_bytes():
+            write_text(path, text)
+
+    def close(self) -> None:
+        """Close the logs; a checkpoint that is being written is finished. Raises: DiskError."""
+        try:
+            self.checkpoints.finish()
+        finally:
+            self.metrics.close()
+            self.events.close()
+
+    def _due(self) -> bool:
+        assert self.kept is not None
+        if self._every_steps is not None:
+            return bool(self.kept.progress.step - self._saved_step >= self._every_steps)
+        assert self._every_s is not None
+        return time.perf_counter() - self._saved_at >= self._every_s
+
+    def _stopped(self) -> bool:
+        return self.kept is not None and self.kept.progress.stop is not None

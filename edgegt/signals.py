@@ -1,0 +1,41 @@
+"""SIGINT and SIGTERM: the step at hand is finished and saved, and the user is told how to go on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from edgegt.errors import Interrupted
+from edgegt.train import Progress
+
+
+def interrupted(progress: Progress, steps: int, folder: Path) -> Interrupted:
+    """What the user is told after a signal: how far the run came, and how it goes on."""
+    name = signal.Signals(progress.stop or signal.SIGINT).name
+    return Interrupted(
+        f"stopped by {name} after step {progress.step} of {steps}, all of it is saved: "
+        f"`edgegt run --resume {folder}` goes on",
+        128 + (progress.stop or signal.SIGINT),
+    )
+
+
+@contextmanager
+def stopped_by_signals(progress: Progress) -> Iterator[None]:
+    """SIGINT and SIGTERM let the step finish and set `progress.stop`; only in the main thread."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        progress.stop = number
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
