@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgegt.checkpoint import Checkpoints
@@ -18,7 +18,7 @@ from edgegt.guard import MemoryGuard
 from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.pacing import Pacer
-from edgegt.sensors import MachineSensors, Reading, Sensors
+from edgegt.sensors import Reading, Sensors
 from edgegt.watch import MemoryWatch
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ class Kept(Protocol):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run hears of its surroundings. available: bytes that can be had now; None: from the system."""
+    """Where a run hears of its surroundings; None: from the system. available: bytes that can be had now."""
 
-    sensors: Sensors = field(default_factory=MachineSensors)
+    sensors: Sensors | None = None
     available: Callable[[], int] | None = None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
@@ -51,8 +51,8 @@ class Keeper:
     """Keeps one run. common: what every checkpoint holds beside the trainee's state; started: by time.perf_counter."""
 
     def __init__(
-        self, folder: RunFolder, options: RunOptions, ceiling_c: float, watch: MemoryWatch, budget_bytes: int,
-        machine: Machine, log: Log, common: dict[str, Any], started: float,
+        self, folder: RunFolder, options: RunOptions, sensors: Sensors, ceiling_c: float | None, watch: MemoryWatch,
+        budget_bytes: int, machine: Machine, log: Log, common: dict[str, Any], started: float,
     ) -> None:  # fmt: skip
         self.folder, self.log, self.common = folder, log, common
         self.metrics, self.events = Lines(folder.metrics), Lines(folder.events)
@@ -60,12 +60,13 @@ class Keeper:
         self.guard = MemoryGuard(watch, budget_bytes, machine.available or watch.available, machine.clock)
         self.kept: Kept | None = None
         self.sessions: list[dict[str, Any]] = []
+        self.power_mode = sensors.power_mode()
         self._started = started
         self._every_steps, self._every_s = options.checkpoint_interval
         self._saved_at, self._saved_step = time.perf_counter(), 0
         self._reading: Reading | None = None
         self.pacer = Pacer(
-            machine.sensors, ceiling_c, options.min_battery, options.only_on_mains, log.say, self.record,
+            sensors, ceiling_c, options.min_battery, options.only_on_mains, log.say, self.record,
             self._stopped, machine.clock, machine.sleep,
         )  # fmt: skip
 

@@ -37,16 +37,19 @@ def rows_name(name: str) -> str:
 
 
 def save_patch(
-    path: Path, tensors: Mapping[str, torch.Tensor], fingerprint: str, model: str, version: str, separator: str = ""
-) -> None:
+    path: Path, tensors: Mapping[str, torch.Tensor | Item], fingerprint: str, model: str, version: str,
+    separator: str = "",
+) -> None:  # fmt: skip
     """Write the trained tensors (float32, by weight name) with the base's fingerprint, whole or not at all.
 
-    tensors: trained rows of a linear come as '<name>' [R, in] and '<name>|rows' int64 [R].
+    tensors: as they are, or items that are fetched one at a time; trained rows of a linear come as '<name>' [R, in] and
+    '<name>|rows' int64 [R].
     separator: what stood between prompt and completion in training, so that the patch can be asked alike.
     """
     kind = ROWS_FORMAT if any(name.endswith(_ROWS) for name in tensors) else FORMAT
     about = {"format": kind, "fingerprint": fingerprint, "model": model, "edgegt": version, "separator": separator}
-    write_sealed(path, [Item.of(name, tensor) for name, tensor in tensors.items()], about)
+    items = [given if isinstance(given, Item) else Item.of(name, given) for name, given in tensors.items()]
+    write_sealed(path, items, about)
 
 
 def read_patch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from edgegt.budget import ANSWER_TOKENS
@@ -25,6 +25,7 @@ from edgegt.log import Log
 from edgegt.options import RunOptions, options_of
 from edgegt.prepare import Decisions, Setup, prepare
 from edgegt.process import share_the_machine, terminated_is_interrupted, trim
+from edgegt.sensors import MachineSensors, nvidia_gpu
 from edgegt.units import format_duration
 from edgegt.version import __version__
 
@@ -176,12 +177,15 @@ class _Session:
 
 def keeper_of(setup: Setup, folder: RunFolder, log: Log, machine: Machine | None = None) -> Keeper:
     """The keeper of a run with this setup."""
-    options = asdict(lasting(setup.options))
+    options, machine = asdict(lasting(setup.options)), machine or Machine()
     common = {"version": __version__, "options": options, "decisions": asdict(setup.decisions)}
+    sensors = machine.sensors or MachineSensors(nvidia_gpu() if setup.device.type == "cuda" else None)
+    # The ceiling of another machine says nothing about this one; `auto` takes the profile that is nearest to it.
+    mine = setup.resolved.on_board or setup.options.device == "auto" or machine.sensors is not None
+    ceiling_c = setup.resolved.profile.ceiling_c if mine else None
     return Keeper(
-        folder, setup.options, setup.resolved.profile.ceiling_c, setup.watch, setup.memory_bytes, machine or Machine(),
-        log, common, setup.started,
-    )  # fmt: skip
+        folder, setup.options, sensors, ceiling_c, setup.watch, setup.memory_bytes, machine, log, common, setup.started
+    )
 
 
 def trainee_of(setup: Setup, log: Log, keeper: Keeper) -> Any:
@@ -308,9 +312,18 @@ def _record_run(
         "measured": measured, "full_flops": setup.full_flops, "memory_terms": predicted.memory_terms,
         "measured_terms": predicted.measured_terms, "lr": setup.lr * progress.lr_scale,
         "backend": trainee.backend, "threads": _threads(), "fallbacks": list(log.fallbacks),
-        "power": {"watts": profile.power.watts, "mode": profile.power.name, "source": "profile"},
+        "power": _power(setup, keeper, steps),
         "sessions": keeper.sessions, "finished": finished,
     })  # fmt: skip
+
+
+def _power(setup: Setup, keeper: Keeper, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the board's sensor measured in training, on the board itself; else the profile's watts."""
+    power = setup.resolved.profile.power
+    measured = [entry["power_w"] for entry in steps if "power_w" in entry]
+    if not setup.resolved.on_board or not measured:
+        return {"watts": power.watts, "mode": keeper.power_mode or power.name, "source": "profile"}
+    return {"watts": fmean(measured), "mode": keeper.power_mode or power.name, "source": "the power sensor's mean"}
 
 
 def _threads() -> int:

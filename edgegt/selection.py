@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from edgegt.memory import Formats
 from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW, Moments
 from edgegt.patch import rows_name
-from edgegt.sealed import Item, read_sealed, write_sealed
+from edgegt.sealed import Item, Sealed, read_sealed, write_sealed
 
 MASTER, ROWS = "master", "rows"
 _MASTERS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -80,16 +81,25 @@ class Trainables:
             self.model.linears[name].refresh()
 
     def masters(self) -> dict[str, torch.Tensor]:
-        """Every tensor trained so far, float32 on the CPU: live ones from memory, resting ones from disk.
+        """Every tensor trained so far, float32 on the CPU, all at once (see `items`)."""
+        return {name: item.get() for name, item in self.items().items()}
 
-        With a head of which only rows were trained comes '<name>|rows', their int64 index (see `patch`).
+    def items(self) -> dict[str, Item]:
+        """Every tensor trained so far, to be fetched one at a time: live ones from memory, resting ones from disk.
+
+        float32 on the CPU; with a head of which only rows were trained comes '<name>|rows', their int64 index (see
+        `patch`). Raises: EdgegtError when a file is damaged.
         """
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, Item] = {}
         for name in sorted({*self.resting, *self.live}):
-            kept = self._read(self.resting[name]) if name in self.resting else self._kept(name)
-            found[name] = kept[MASTER].to("cpu", torch.float32)
-            if ROWS in kept:
-                found[rows_name(name)] = kept[ROWS].cpu()
+            if name in self.resting:
+                shapes = {key: entry[1] for key, entry in self._opened(self.resting[name]).entries.items()}
+            else:
+                shapes = {key: tuple(value.shape) for key, value in self._kept(name).items()}
+            found[name] = Item(name, torch.float32, shapes[MASTER], partial(self._fetch, name, MASTER))
+            if ROWS in shapes:
+                named = rows_name(name)
+                found[named] = Item(named, torch.int64, shapes[ROWS], partial(self._fetch, name, ROWS))
         return found
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -193,11 +203,21 @@ class Trainables:
         else:
             parameter.requires_grad_(False)
 
-    def _read(self, resting: Resting) -> dict[str, torch.Tensor]:
+    def _fetch(self, name: str, key: str) -> torch.Tensor:
+        """The master (in float32) or the rows of a trained tensor, on the CPU."""
+        resting = self.resting.get(name)
+        found = self._opened(resting).tensor(key) if resting else self._kept(name)[key].cpu()
+        return found.to(torch.float32) if key == MASTER else found
+
+    def _opened(self, resting: Resting) -> Sealed:
         try:
             found = read_sealed(resting.path)
         except InputError as error:
             raise EdgegtError(f"{error}: what was trained of it is lost, run again") from error
         if found.seal != resting.seal:
             raise EdgegtError(f"'{resting.path}' is not the file that was written: run again")
+        return found
+
+    def _read(self, resting: Resting) -> dict[str, torch.Tensor]:
+        found = self._opened(resting)
         return {key: found.tensor(key).to(self.model.device) for key in found.entries}

@@ -87,11 +87,10 @@ class Int8Trainee:
     def save(self) -> None:
         """The patch: everything trained so far. Masters and states are freed; the model computes as before."""
         self.keeper.checkpoints.finish()
-        masters = self.trainables.masters()
-        if masters:
+        trained = self.trainables.items()
+        if trained:
             about = self.setup.source.name, __version__, self.setup.corpus.separator
-            save_patch(self.keeper.folder.patch, masters, self.fingerprint, *about)
-        del masters
+            save_patch(self.keeper.folder.patch, trained, self.fingerprint, *about)
         self.trainables.release()
         trim()
 

@@ -23,6 +23,7 @@ from edgegt.cli import main
 from edgegt.disk import read_lines
 from edgegt.errors import EdgegtError, InputError
 from edgegt.folder import RunFolder, unfinished
+from edgegt.guard import RESERVE_BYTES
 from edgegt.keeper import Machine
 from edgegt.log import Log
 from edgegt.options import RunOptions
@@ -32,6 +33,7 @@ from edgegt.sensors import Reading
 
 pytestmark = pytest.mark.skipif(not runs.HERE, reason="no stories260K or no E2E rows under shared/data")
 STEPS = 24
+WIDE = {"batch_size": 64, "steps": 12, "round_epochs": None}  # so wide that memory can be saved
 QUIET = Log(quiet=True)
 
 
@@ -358,10 +360,10 @@ def test_without_memory_a_run_steps_back_and_says_so(rows: Path, tmp_path: Path)
         return 8 << 30 if looks < 6 else max(0, budget - held)
 
     out = tmp_path / "run"
-    plenty = run(options(rows, tmp_path / "plenty", batch_size=16, steps=12), QUIET)
+    plenty = run(options(rows, tmp_path / "plenty", **WIDE), QUIET)
     plan = runs.read(plenty, "plan-0.json")
-    budget = plan["predicted"]["peak_bytes"] + (48 << 20) - (3 << 20)
-    run(options(rows, out, batch_size=16, steps=12), QUIET, machine=Room(left).machine())
+    budget = plan["predicted"]["peak_bytes"] + RESERVE_BYTES - (6 << 20)
+    run(options(rows, out, **WIDE), QUIET, machine=Room(left).machine())
     events = [event for event in read_lines(out / "events.jsonl") if event["kind"] == "memory"]
     assert len(events) == 1 and "the run steps back from" in events[0]["text"]
     smaller = runs.read(out, "plan-1.json")
@@ -389,7 +391,7 @@ def test_an_allocation_that_fails_is_survived(
 
     monkeypatch.setattr(Trainables, "step", step)
     out = tmp_path / "run"
-    run(options(rows, out, batch_size=16, steps=12), QUIET, machine=Room(lambda: 8 << 30).machine())
+    run(options(rows, out, **WIDE), QUIET, machine=Room(lambda: 8 << 30).machine())
     assert failed
     assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == list(range(1, 13))
     kinds = [event["kind"] for event in read_lines(out / "events.jsonl")]

@@ -12,10 +12,9 @@ matplotlib and jinja2 are imported only when a page is made.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-from edgegt.errors import EdgegtError
+from edgegt.disk import write_text
 from edgegt.report.facts import build_report, read_facts
 
 __all__ = ["write_report"]
@@ -26,7 +25,7 @@ def write_report(run_dir: Path) -> Path:
 
     The first time also frontier.json, where the folder holds what it takes.
 
-    Raises: InputError when `run_dir` is no run folder; EdgegtError when it cannot be written.
+    Raises: InputError when `run_dir` is no run folder; DiskError when it cannot be written.
     """
     facts = read_facts(Path(run_dir))
     report = build_report(facts)
@@ -35,22 +34,8 @@ def write_report(run_dir: Path) -> Path:
 
     frontier = frontier_of_run(facts)
     if frontier is not None:
-        _write_whole(facts.folder / FILE, json.dumps(frontier.to_json()) + "\n")
-    _write_whole(facts.folder / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+        write_text(facts.folder / FILE, json.dumps(frontier.to_json()) + "\n")
+    write_text(facts.folder / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     page = facts.folder / "report.html"
-    _write_whole(page, render(facts, report, frontier))
+    write_text(page, render(facts, report, frontier))
     return page
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace `path` in one step, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EdgegtError(f"cannot write '{path}': {error.strerror}; free space or make the folder writable") from error
