@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -137,15 +138,23 @@ def table_of_full(found: list[Full]) -> str:
     ]
     kinds: dict[str, list[Full]] = {}
     for trial in found:
-        name = trial.file.removeprefix(".").split(".")[0]
-        kind = name.split("-")[0] if name.startswith(("state", "plan")) else name
-        kinds.setdefault("tensors at rest" if len(kind) == 16 else kind, []).append(trial)
+        kinds.setdefault(_kind(trial.file), []).append(trial)
     for kind, trials in [*kinds.items(), ("all", found)]:
         clear = sum(not trial.problem for trial in trials)
         resumed = sum(trial.resumed for trial in trials)
         same = sum(trial.same for trial in trials)
         lines.append(f"| {kind} | {len(trials)} | {clear} | {resumed} | {len(trials) - resumed} | {same} |")
     return "\n".join(lines)
+
+
+def _kind(file: str) -> str:
+    """What a file is, from the name that it has while it is written."""
+    name = file.removeprefix(".").split(".")[0]
+    if name.startswith("state-"):
+        return "checkpoint"
+    if re.fullmatch(r"[0-9a-f]{16}-\d+", name):
+        return "tensors at rest"
+    return "plan" if name.startswith("plan-") else name
 
 
 @dataclass(frozen=True)
