@@ -1,8 +1,8 @@
 """Sealed tensor files: safetensors with a checksum over every byte, written and read one tensor at a time.
 
 The format is safetensors' own (an 8-byte length, a JSON header, the tensors' bytes), so that its library reads them.
-`save_file` of the library holds a second copy of all tensors while it writes, and knows no checksum; here a tensor
-goes from where it is to the disk, and may be let go as soon as it is there. The metadata's `sha256` is the SHA-256 of
+The library's `save_file` takes all tensors in one call and knows no checksum; here each is fetched when its turn comes,
+and may change as soon as it is on the disk. Neither makes a second copy. The metadata's `sha256` is the SHA-256 of
 the file with 64 zeros in its own place, so that no byte can change unseen.
 """
 
