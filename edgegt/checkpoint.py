@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgegt.disk import remove_halves
 from edgegt.errors import InputError
-from edgegt.sealed import Item, Sealed, read_sealed, write_sealed
+from edgegt.sealed import DamagedFile, Item, Sealed, read_sealed, write_sealed
+from edgegt.units import format_text
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 FORMAT = "2"
 KEPT = 2
 PARKED = "parked"
+DAMAGED = ".damaged"
 _STATE = "state"
 _NAME = "state-{:06d}.safetensors"
 
@@ -93,8 +95,13 @@ class Checkpoints:
                     self._left.clear()
                     self._changed.notify_all()
 
-        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be had: the training waits instead
+            write()
+            return
+        self._thread = thread
 
     def wait_for(self, name: str) -> None:
         """Return when this tensor may change."""
@@ -121,20 +128,27 @@ class Checkpoints:
         return bool(self._files())
 
     def newest(self, say: Callable[[str], None]) -> Saved | None:
-        """The newest checkpoint that is whole; None without one. Damaged ones are said, and deleted."""
+        """The newest checkpoint that is whole; None without one. Damaged ones are said, and put aside.
+
+        Raises: InputError for one that this version, or this user, cannot read.
+        """
         remove_halves(self.folder)
         remove_halves(self.folder / PARKED)
         for number, path in sorted(self._files(), reverse=True):
             try:
                 saved = self._read(number, path)
-            except InputError as error:
+            except DamagedFile as error:
                 say(f"{error}: the checkpoint before it is used")
                 with suppress(OSError):
-                    path.unlink()
+                    path.replace(path.with_name(path.name + DAMAGED))
                 continue
-            self._number, self.last_step = number, int(saved.state["step"])
+            self.last_step = int(saved.state["step"])
             return saved
         return None
+
+    def lost(self) -> bool:
+        """Whether there were checkpoints and none is left that is whole."""
+        return not self.any() and any(self.folder.glob(f"*{DAMAGED}"))
 
     def remove(self) -> None:
         """Delete all checkpoints: the run is finished, and its patch holds what it trained."""
@@ -144,18 +158,20 @@ class Checkpoints:
     def _read(self, number: int, path: Path) -> Saved:
         sealed = read_sealed(path)
         if sealed.about.get("format") != FORMAT:
-            raise InputError(f"'{path}' has the format {sealed.about.get('format')}, and this version reads {FORMAT}")
+            found = format_text(sealed.about.get("format"))
+            remedy = "go on with the version that wrote it"
+            raise InputError(f"'{path}' has the format {found}, and this version reads {FORMAT}: {remedy}")
         try:
             state = json.loads(sealed.about[_STATE])
             files = {str(place[0]): str(place[1]) for place in state["resting"].values()}
             int(state["step"])
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise InputError(f"'{path}' holds no state of a run ({error})") from error
+            raise DamagedFile(f"'{path}' holds no state of a run ({error})") from error
         for file, seal in files.items():
             if Path(file).name != file:
-                raise InputError(f"'{path}' names a file outside its folder ('{file[:60]}')")
+                raise DamagedFile(f"'{path}' names a file outside its folder ('{format_text(file)}')")
             if read_sealed(self.folder / PARKED / file).seal != seal:
-                raise InputError(f"'{self.folder / PARKED / file}' is not the file that belongs to '{path}'")
+                raise DamagedFile(f"'{self.folder / PARKED / file}' is not the file that belongs to '{path}'")
         self._named[number] = set(files)
         return Saved(number, state, sealed)
 

@@ -102,6 +102,7 @@ class Lines:
         try:
             if self._file is None:
                 self._file = open_file(self.path, append=True)
+                data = self._after_a_torn_line() + data
             start = self._file.seek(0, os.SEEK_END)
             write_all(self._file, data)
         except OSError as error:
@@ -109,6 +110,15 @@ class Lines:
                 if start is not None and self._file is not None:
                     self._file.truncate(start)
             raise fault(self.path, error, len(data)) from error
+
+    def _after_a_torn_line(self) -> bytes:
+        """An end for a last line that was cut off, so that the next one can be read."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                return b"" if file.read(1) == b"\n" else b"\n"
+        except OSError:  # an empty file
+            return b""
 
     def synchronise(self) -> None:
         """Have the lines on the disk itself. Raises: DiskError."""

@@ -62,9 +62,11 @@ class Interrupted(EdgegtError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this says that memory could not be had: Python's, torch's or our own error."""
+    if isinstance(error, EdgegtError):
+        return isinstance(error, OutOfMemory)
     # By name, because torch must not be imported for this: its CPU allocator raises a plain RuntimeError.
     named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
-    return isinstance(error, (MemoryError, OutOfMemory)) or named or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or named or "can't allocate memory" in str(error)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +24,12 @@ from edgegt.options import RunOptions, options_of
 
 LOCK = ".lock"
 RUNS = "runs"
+# Options that every record of a run has, and the files that a run writes beside its plans and checkpoints.
+_ALWAYS = {"device", "model", "data", "strategy", "batch_size", "max_length", "schedule", "seed"}
+_WRITTEN = {
+    "metrics.jsonl", "events.jsonl", "eval.json", "run.json", "costs.json", "profile.json", "frontier.json",
+    "report.json", "report.html", "patch.safetensors",
+}  # fmt: skip
 OPTIONS = "options.json"
 
 
@@ -77,29 +84,26 @@ class RunFolder:
         self._lock = lock
 
     def release(self) -> None:
-        """Give the folder up."""
+        """Give the folder up. The lock's file stays: another process may hold it by now."""
         if self._lock is not None:
             self._lock.release()
-            (self.path / LOCK).unlink(missing_ok=True)
             self._lock = None
 
     def clear(self) -> None:
-        """Delete what a run left that was broken off before its first checkpoint, but for options and lock."""
+        """Delete what a run left that was broken off before its first checkpoint: its files, and no others."""
         for path in self.path.iterdir():
-            if path.name in (OPTIONS, LOCK):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
+            if path.name in _WRITTEN or re.fullmatch(r"plan-\d+\.json", path.name):
                 path.unlink(missing_ok=True)
+        if not self.checkpoints.is_symlink():
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def remove(self) -> None:
         """Delete the folder and release it: nothing was trained."""
+        self.release()
         shutil.rmtree(self.path, ignore_errors=True)
         if self.path.parent == Path(RUNS):
             with suppress(OSError):
                 self.path.parent.rmdir()  # unless there are other runs
-        self._lock = None
 
     def write(self, name: str, tree: Any) -> None:
         """Write a JSON file of the run, whole or not at all. Raises: DiskError."""
@@ -146,10 +150,11 @@ def claim_folder(options: RunOptions) -> RunFolder:
     model = "home" if options.model is None else Path(options.model).resolve().name
     device = Path(options.device).stem if options.device.endswith(".toml") else options.device
     folder = new_folder(options.output, model, device.replace("/", "-"))
+    folder.lock()
+    check_output(str(folder.path))  # another process may have been faster, and have ended since
     try:
-        folder.lock()
         folder.write(OPTIONS, dataclasses.asdict(lasting(options)))
-    except (DiskError, InputError):
+    except DiskError:
         folder.remove()
         raise
     return folder
@@ -160,6 +165,8 @@ def open_folder(path: Path) -> RunFolder:
     folder = RunFolder(path)
     if not (path / OPTIONS).is_file():
         raise InputError(f"'{path}' is not a run folder (it has no {OPTIONS}): give the folder that `edgegt run` named")
+    if not set(folder.read(OPTIONS)) >= _ALWAYS:
+        raise InputError(f"'{path}' is not a run folder ({OPTIONS} is another program's): give the folder of a run")
     folder.options()
     folder.lock()
     return folder
@@ -204,7 +211,7 @@ def check_output(output: str | None) -> None:
     if output is None:
         return
     path = Path(output)
-    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+    if os.path.lexists(path) and (not path.is_dir() or any(found.name != LOCK for found in path.iterdir())):
         remedy = "give a new name, or delete it"
         if (path / OPTIONS).is_file() and not RunFolder(path).finished:
             remedy = f"it holds a run that was broken off, `edgegt run --resume {path}` goes on with it; or {remedy}"

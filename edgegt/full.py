@@ -32,6 +32,7 @@ from edgegt.process import trim
 from edgegt.rates import of_profile
 from edgegt.recovery import go_back, leave_out
 from edgegt.rounds import Predicted
+from edgegt.sealed import Item
 from edgegt.signals import interrupted, stopped_by_signals
 from edgegt.source import fingerprint
 from edgegt.train import Dropped, NoRoom, Parts, Progress, Recipe, train_round
@@ -126,6 +127,9 @@ class FloatTrainee:
         state = saved.state
         self.progress.restore(state["progress"])
         self.micro_batch = state["micro_batch"]
+        if state["memory_bytes"] < self.setup.memory_bytes:
+            self.setup = replace(self.setup, memory_bytes=state["memory_bytes"])
+            self.keeper.guard.lower(state["memory_bytes"])
         self.meter.by_kind.clear()
         self.meter.by_kind.update(state["flops_by_kind"])
         for name, parameter in self.parameters.items():
@@ -155,6 +159,7 @@ class FloatTrainee:
             self.module, setup.device, self.parameters, self._update, lambda: None, self.meter, setup.watch,
             self.keeper.facts,
         )  # fmt: skip
+        self.keeper.guard.begin()
         try:
             train_round(
                 parts, recipe, self._batches(), self.micro_batch, 0, self.progress, self.keeper.metrics,
@@ -192,7 +197,7 @@ class FloatTrainee:
         while self.micro_batch > 1 and sum(full_terms(self.setup, self.micro_batch).values()) > back.budget_bytes:
             self.micro_batch //= 2
         fits = sum(full_terms(self.setup, self.micro_batch).values()) <= back.budget_bytes
-        if not fits and back.must:
+        if not (fits or (back.guess and self.micro_batch < before)) and back.must:
             raise EdgegtError(
                 f"{back.reason}: full fine-tuning cannot go on within {format_bytes(back.budget_bytes)}; end other "
                 "programs"
@@ -202,6 +207,7 @@ class FloatTrainee:
         self.keeper.record({"kind": "memory", "text": text, "budget_bytes": back.budget_bytes})
         if fits:
             self.setup = replace(self.setup, memory_bytes=back.budget_bytes)
+            self.setup.watch.hold(back.budget_bytes)
         trim()
         self.keeper.guard.lower(self.setup.memory_bytes)
         self._predict()
@@ -233,11 +239,11 @@ class FloatTrainee:
         })  # fmt: skip
 
 
-def whole_patch(module: Any) -> dict[str, torch.Tensor]:
-    """Every tensor of a float model as a patch holds it: on the CPU, matrices of linears as [out, in]."""
+def whole_patch(module: Any) -> dict[str, Item]:
+    """Every tensor of a float model as a patch holds it, to be fetched one by one: matrices of linears as [out, in]."""
     turned = {f"{name}.weight" for name, part in module.named_modules() if is_transposed(part)}
-    found = {name: parameter.detach().cpu() for name, parameter in module.named_parameters()}
-    return {name: tensor.t() if name in turned else tensor for name, tensor in found.items()}
+    found = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return {name: Item.of(name, tensor.t() if name in turned else tensor) for name, tensor in found.items()}
 
 
 def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:

@@ -69,15 +69,19 @@ class MemoryGuard:
             self._pardoned = peak
             raise StepBack(
                 f"the process used {format_bytes(peak)}, which is {format_bytes(over)} above its budget",
-                self.budget_bytes - over, guess=True, must=False,
+                min(self.budget_bytes, planned_bytes) - over, guess=True, must=False,
             )  # fmt: skip
 
     def failed(self, reason: str, planned_bytes: int, torn: bool) -> StepBack:
         """What an allocation that failed means for the run: the next plan may use less than the one that failed."""
         held = self.watch.now()
-        less = held + int(LESS * max(0, planned_bytes - held))
+        less = min(held + int(LESS * max(0, planned_bytes - held)), planned_bytes - 1)
         left = max(0, held + self.available() - RESERVE_BYTES)
         return StepBack(f"memory could not be had ({reason})", min(less, left), torn, guess=True)
+
+    def begin(self) -> None:
+        """Training begins, with what was done before it: whatever that took is not its fault."""
+        self._pardoned = self.watch.peak()
 
     def lower(self, budget_bytes: int) -> None:
         """From now on this is the budget, and the peak is measured anew."""

@@ -82,20 +82,27 @@ class Keeper:
         None is begun while steps are dropped one after the other: what makes losses infinite is no place to go back to.
         """
         assert self.kept is not None
-        if self.kept.progress.dropped_in_a_row and not wait:
+        if self.kept.progress.dropped_in_a_row and self.checkpoints.any():
+            self.checkpoints.finish()
             return
         step = self.kept.progress.step
         spent_s = time.perf_counter() - self._started
-        facts = {"seconds_spent": spent_s, "fallbacks": list(self.log.fallbacks), "sessions": self.sessions}
+        facts = {
+            "seconds_spent": spent_s, "fallbacks": list(self.log.fallbacks), "sessions": self.sessions,
+            "peak_bytes": self.guard.watch.peak_ever(), "paused_s": self.pacer.paused_s,
+        }  # fmt: skip
         state = {**self.common, **facts, **self.kept.state()}
         self.checkpoints.begin(step, state, self.kept.tensors())
         self._saved_at, self._saved_step = time.perf_counter(), step
         if wait:
             self.checkpoints.finish()
 
-    def resumed(self, step: int) -> None:
-        """The run goes on from a checkpoint after `step`: the logs are cut to it. Raises: DiskError."""
+    def resumed(self, state: Mapping[str, Any]) -> None:
+        """The run goes on from a checkpoint with this state: the logs are cut to it. Raises: DiskError."""
+        step = int(state["step"])
         self.cut_metrics(step)
+        self.guard.watch.remember(state["peak_bytes"])
+        self.pacer.paused_s += state["paused_s"]
         self._saved_step = self.checkpoints.last_step = step
         self.record({"kind": "resume", "text": f"the run goes on after step {step}"})
 

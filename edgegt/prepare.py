@@ -59,12 +59,19 @@ class Decisions:
     floor_bytes: int
     prepared_bytes: int
     memory_bytes: int
+    rho: float
+    seconds: float | None
     data: dict[str, str]
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Decisions:
-        """The decisions that `asdict` gave, after JSON too."""
-        return cls(**{**tree, "lines": tuple(tree["lines"])})
+        """The decisions that `asdict` gave, after JSON too. Raises: InputError for those of another version."""
+        try:
+            return cls(**{**tree, "lines": tuple(tree["lines"])})
+        except (TypeError, KeyError) as error:
+            raise InputError(
+                f"the run was begun by another version of edgegt ({error}): go on with that one, or begin a new run"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,8 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
     device, watch = start_torch(options, resolved, log, decided.threads if decided else None)
     schedule = make_schedule(options, corpus.train)
     kernels = choose_kernels(device, log, decided.backend if decided else None)
+    if decided is not None and kernels.backend.name != decided.backend:
+        _check_states(decided, kernels.backend.name)
     table = _trace(config, kernels.backend.kernels is not None)
     _use_everything_once(kernels, device)
     if decided is None:
@@ -167,6 +176,9 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
         log.fallback(less)
     watch.hold(memory_bytes)
     rho = 1.0 if options.strategy == "full" else options.rho or resolved.profile.rho
+    seconds = options.seconds_of(resolved.profile)
+    if decided is not None:
+        rho, seconds = decided.rho, decided.seconds
     if options.strategy == "full":
         probes, flops = Probes(0, 0), table.full_work().total(schedule.shapes)
     else:
@@ -176,14 +188,14 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
         check_memory(memory_bytes, options, need, schedule)
     decisions = decided or Decisions(
         __version__, kernels.backend.name, kernels.lines, torch_threads(), eight_bit, asdict(rates),
-        need.floor_bytes, need.prepared_bytes, memory_bytes, digests,
+        need.floor_bytes, need.prepared_bytes, memory_bytes, rho, seconds, digests,
     )  # fmt: skip
     setup = Setup(
         options=options, resolved=resolved, host=host, source=source, config=config, tokenizer=tokenizer,
         corpus=corpus, schedule=schedule, need=need, probes=probes, rho=rho, flops=flops,
         full_flops=table.full_work().total(schedule.shapes), memory_bytes=memory_bytes,
         lr=options.lr or default_lr(config), kernels=kernels, device=device, watch=watch, rates=rates,
-        started=started - spent_s, seconds=options.seconds_of(resolved.profile), decisions=decisions,
+        started=started - spent_s, seconds=seconds, decisions=decisions,
     )  # fmt: skip
     if options.strategy != "full" and decided is None:
         check_time(setup.seconds, time.perf_counter() - started, options, need, schedule, probes)
@@ -193,9 +205,9 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
 def data_digests(options: RunOptions) -> dict[str, str]:
     """SHA-256 of the user's files, by option; of files that are there."""
     found = {}
-    for name in ("data", "eval_data"):
+    for name in ("data", "eval_data", "device"):
         path = getattr(options, name)
-        if path is not None and Path(path).is_file():
+        if path is not None and Path(path).is_file() and (name != "device" or path.endswith(".toml")):
             digest = hashlib.sha256()
             with open(path, "rb") as file:
                 while part := file.read(1 << 20):
@@ -215,6 +227,15 @@ def _check_unchanged(decided: Decisions, digests: dict[str, str], log: Log) -> N
             )
     if decided.version != __version__:
         log.fallback(f"the run was begun by edgegt {decided.version}, this is {__version__}: bits may differ")
+
+
+def _check_states(decided: Decisions, backend: str) -> None:
+    """Raises: InputError when optimizer states may be in the codes of kernels that are gone."""
+    if decided.eight_bit and "native" in (decided.backend, backend):
+        raise InputError(
+            f"the kernels '{decided.backend}' of this run do not work here any more, and its optimizer states are in "
+            "their codes: see `edgegt doctor`, or begin a new run"
+        )
 
 
 def default_lr(config: Any) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -100,10 +101,10 @@ class Rounds:
     def smaller(self, at: Standing, values: Mapping[str, float], before: Plan) -> Plan:
         """A plan for less memory: the same tensors, if smaller micro-batches or recomputation suffice, else fewer.
 
-        Raises: BudgetError when nothing can be trained with so little.
+        Raises: InputError (BudgetError) when nothing can be trained with so little.
         """
         seed, strategy = self.setup.options.seed + at.index, self.setup.options.strategy
-        problem = self.problem = self._problem(at, values)
+        problem = self.problem = self._rest(at, values)
         same = replace(problem, values={name: problem.values.get(name) or 1e-9 for name in before.selected})
         try:
             found = plan(same, strategy, seed)
@@ -115,11 +116,24 @@ class Rounds:
 
     def least_bytes(self, at: Standing, values: Mapping[str, float]) -> int:
         """The least peak with which anything can be trained from here on."""
-        return smallest(self._problem(at, values)).memory_bytes
+        return smallest(self._rest(at, values)).memory_bytes
 
-    def cut(self, index: int, done: int) -> None:
-        """End round `index` after `done` steps; the rest of it becomes a round of its own."""
+    def cut(self, folder: RunFolder, index: int, done: int) -> None:
+        """End round `index` after `done` steps; the rest of it becomes a round of its own. Raises: DiskError."""
         self.lengths[index : index + 1] = [done, self.lengths[index] - done]
+        self.tidy(folder, index)
+
+    def tidy(self, folder: RunFolder, index: int) -> None:
+        """Have the recorded plans say what holds now: none after round `index`, and its length. Raises: DiskError."""
+        for path in folder.path.glob("plan-*.json"):
+            number = path.stem.removeprefix("plan-")
+            if number.isdecimal() and int(number) > index:
+                path.unlink(missing_ok=True)
+        name = f"plan-{index}.json"
+        with suppress(InputError):  # not made yet, or damaged: nothing but the report reads it
+            recorded = folder.read(name)
+            if recorded.get("steps") != self.lengths[index]:
+                folder.write(name, {**recorded, "steps": self.lengths[index]})
 
     def fix(self, chosen: Plan) -> None:
         """Number formats and the trained part of the head are decided once, in the first round."""
@@ -194,6 +208,17 @@ class Rounds:
             f"round {at.index + 1}/{len(self.lengths)}: training {len(names)} of {len(table.weights)} tensors "
             f"({where}{more}), {chosen.flops_ratio:.1%} of full FLOPs, {format_bytes(chosen.peak_bytes)} predicted peak"
         )
+
+    def _rest(self, at: Standing, values: Mapping[str, float]) -> Problem:
+        """The steps that will be made from here on, under FLOPs and memory; a deadline ends them in any case."""
+        problem = self._problem(at, values)
+        if problem.seconds is None:
+            return problem
+        probing = self.setup.flops - at.spent - problem.flops
+        return replace(
+            problem, seconds=None, shapes=self.setup.schedule.shapes[at.step : self.last_step],
+            flops=self.flops_of(self.last_step) - at.spent - probing,
+        )  # fmt: skip
 
     def _problem(self, at: Standing, values: Mapping[str, float]) -> Problem:
         setup = self.setup

@@ -18,7 +18,7 @@ from typing import Any
 from edgegt.budget import ANSWER_TOKENS
 from edgegt.checkpoint import Checkpoints, Saved
 from edgegt.disk import read_lines, remove_halves
-from edgegt.errors import BudgetError, EdgegtError, InputError, Interrupted
+from edgegt.errors import BudgetError, EdgegtError, InputError, Interrupted, is_out_of_memory
 from edgegt.folder import RunFolder, check_output, claim_folder, lasting, open_folder
 from edgegt.keeper import Keeper, Machine
 from edgegt.log import Log
@@ -71,7 +71,13 @@ def resume(path: Path, log: Log | None = None, command: str = "", machine: Machi
                     write_report_apart(path, log)
                 return path
             remove_halves(path)
-            saved = Checkpoints(folder.checkpoints).newest(log.fallback)
+            checkpoints = Checkpoints(folder.checkpoints)
+            saved = checkpoints.newest(log.fallback)
+            if checkpoints.lost():
+                raise InputError(
+                    f"none of the checkpoints of '{path}' is whole: what was trained last is in its patch, if it has "
+                    "one; begin a new run"
+                )
             options = folder.options() if saved is None else options_of(saved.state["options"], saved.sealed.path)
             if saved is None:
                 log.say(f"'{path}' has no checkpoint: the run starts over")
@@ -91,6 +97,8 @@ def _with_a_way_on(error: BaseException, folder: RunFolder) -> BaseException:
     saved = Checkpoints(folder.checkpoints).any()
     if saved and isinstance(error, KeyboardInterrupt):
         return Interrupted(f"stopped; what was trained is saved, `edgegt run --resume {folder.path}` goes on", 130)
+    if saved and is_out_of_memory(error):
+        return EdgegtError(f"out of memory: end other programs, then `edgegt run --resume {folder.path}` goes on")
     if saved and isinstance(error, Interrupted) and "--resume" not in str(error):
         error.args = (f"{error}; `edgegt run --resume {folder.path}` goes on",)
     if saved and isinstance(error, EdgegtError) and not isinstance(error, (InputError, Interrupted)):
@@ -128,10 +136,7 @@ class _Session:
         if self.saved is None:
             before = self._begin(setup, trainee, keeper)
         else:
-            before = Evaluation(**state["evaluated"])
-            trainee.restore(self.saved)
-            trainee.after_s = state["after_s"]
-            keeper.resumed(state["step"])
+            before = self._restore(self.saved, trainee, keeper)
         self.saved = None
         keeper.common |= {"evaluated": asdict(before), "after_s": trainee.after_s}
         try:
@@ -157,6 +162,19 @@ class _Session:
         trainee.after_s = EVALUATION_MARGIN * (time.perf_counter() - began) + SAVING_S
         _check_time_left(setup, trainee)
         self.folder.write("eval.json", {"before": before.numbers, "examples": []})
+        return before
+
+    def _restore(self, saved: Saved, trainee: Any, keeper: Keeper) -> Evaluation:
+        try:
+            before = Evaluation(**saved.state["evaluated"])
+            trainee.restore(saved)
+            trainee.after_s = saved.state["after_s"]
+            keeper.resumed(saved.state)
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"'{saved.sealed.path}' is from another version of edgegt ({error}): go on with that one, or begin "
+                "a new run"
+            ) from error
         return before
 
     def _end(self, setup: Setup, trainee: Any, keeper: Keeper) -> None:
@@ -292,6 +310,9 @@ def _record_run(
         "probe_flops": trainee.probe_flops, "steps": progress.step, "flops_by_kind": dict(trainee.meter.by_kind),
         "dropped_steps": len(progress.dropped), "paused_s": keeper.pacer.paused_s,
     }  # fmt: skip
+    lowered = setup.memory_bytes if setup.memory_bytes < setup.decisions.memory_bytes else None
+    if lowered is not None:
+        measured["peak_since_bytes"] = setup.watch.peak()  # since the budget was lowered
     if steps:
         measured["flops_ratio"] = trainee.meter.total / full_done
         measured["step_s"] = median(entry["step_s"] for entry in steps)
@@ -304,8 +325,8 @@ def _record_run(
                   "architecture": (setup.config.architectures or ["?"])[0], "fingerprint": trainee.fingerprint,
                   "directory": str(setup.source.directory.resolve())},
         "data": setup.corpus.to_json(),
-        "budget": {"rho": setup.rho, "flops": setup.flops, "memory_bytes": setup.memory_bytes,
-                   "seconds": setup.seconds},
+        "budget": {"rho": setup.rho, "flops": setup.flops, "memory_bytes": setup.decisions.memory_bytes,
+                   "lowered_to_bytes": lowered, "seconds": setup.seconds},
         "predicted": {"flops_ratio": predicted.flops / setup.full_flops, "flops": predicted.flops,
                       "peak_bytes": predicted.peak, "step_s": predicted.step_s,
                       "device_step_s": predicted.device_step_s, "floor_bytes": setup.need.floor_bytes},

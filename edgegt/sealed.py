@@ -35,6 +35,10 @@ _DTYPES = {
 }  # fmt: skip
 
 
+class DamagedFile(InputError):
+    """A sealed file that is not there or is not what was written."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One tensor to write: `get` is called when its turn comes, and must give this dtype and shape."""
@@ -98,7 +102,7 @@ class Sealed:
 
 
 def read_sealed(path: Path) -> Sealed:
-    """Open a sealed file and check every byte of it. Raises: InputError when it is missing, unreadable or damaged."""
+    """Open a sealed file and check every byte of it. Raises: DamagedFile, or InputError when it cannot be read."""
     try:
         with path.open("rb") as file:
             header = _read_header(path, file)
@@ -107,7 +111,7 @@ def read_sealed(path: Path) -> Sealed:
             while part := file.read(_PART):
                 digest.update(part)
     except FileNotFoundError as error:
-        raise InputError(f"'{path}' does not exist") from error
+        raise DamagedFile(f"'{path}' does not exist") from error
     except OSError as error:
         raise InputError(f"'{path}' cannot be read ({error.strerror}): check the disk and the permissions") from error
     if digest.hexdigest() != found.seal:
@@ -197,5 +201,5 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> tuple[str, tuple[in
     return kind, tuple(shape), length
 
 
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"'{path}' is damaged ({why})")
+def _damaged(path: Path, why: str) -> DamagedFile:
+    return DamagedFile(f"'{path}' is damaged ({why})")

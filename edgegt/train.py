@@ -168,6 +168,7 @@ def train_round(
 def _whole_step(parts: Parts, recipe: Recipe, batch: Batch, micro_batch: int, progress: Progress, fused: bool) -> float:
     """One step, or none of it: returns the loss. Raises: Dropped, NoRoom."""
     progress.torn = False
+    counted = dict(parts.meter.by_kind)
     try:
         return _step(parts, recipe, batch, micro_batch, progress, fused)
     except NotFinite as error:
@@ -175,6 +176,8 @@ def _whole_step(parts: Parts, recipe: Recipe, batch: Batch, micro_batch: int, pr
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        parts.meter.by_kind.clear()  # the step will be made again, and counts once
+        parts.meter.by_kind.update(counted)
         problem = NoRoom((str(error).splitlines() or [type(error).__name__])[0][:120], progress.torn)
     for parameter in parts.parameters.values():
         parameter.grad = None

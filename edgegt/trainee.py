@@ -13,19 +13,18 @@ from edgegt.budget import fitting_probe_rows, largest
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Saved
 from edgegt.data import Batch, collate
-from edgegt.errors import BudgetError, EdgegtError
+from edgegt.errors import EdgegtError, InputError, is_out_of_memory
 from edgegt.guard import StepBack
+from edgegt.held import added_bytes, base_bytes, held_terms, planned_bytes
 from edgegt.importance import importance
 from edgegt.keeper import Keeper
 from edgegt.log import Log
-from edgegt.memory import plane_bytes, state_bytes
 from edgegt.model import load_int8
 from edgegt.optimizer import AdamW, schedule
 from edgegt.patch import save_patch
 from edgegt.planner import Plan
 from edgegt.prepare import Setup
 from edgegt.process import trim
-from edgegt.quant import Int8Embedding, Int8Linear
 from edgegt.rates import of_profile
 from edgegt.recompute import recomputed
 from edgegt.recovery import go_back, leave_out
@@ -60,7 +59,7 @@ class Int8Trainee:
         self.probe_flops = 0
         self._before: Plan | None = None
         self._expected_s = 0.0
-        self._base_bytes = self._planes_of_base()
+        self._base_bytes = base_bytes(self.model)
         self._probe_work = self._probe_peak = 0
         self._values: dict[str, float] = {}
 
@@ -79,6 +78,9 @@ class Int8Trainee:
                     self.keeper.save(wait=True)
                     raise interrupted(self.progress, self.setup.schedule.steps, self.keeper.folder.path)
                 self._end_round()
+        if self.progress.stop is not None:  # it came after the last step
+            self.keeper.save(wait=True)
+            raise interrupted(self.progress, self.setup.schedule.steps, self.keeper.folder.path)
         if self.progress.step < self.rounds.last_step:
             total = self.setup.schedule.steps
             self.log.fallback(f"the time budget ended training after step {self.progress.step} of {total}")
@@ -97,7 +99,7 @@ class Int8Trainee:
     @property
     def held_bytes(self) -> int:
         """What training has added to the base and evaluation must leave room for: the planes of trained tensors."""
-        return sum(linear.added_bytes for linear in self.model.linears.values())
+        return added_bytes(self.model)
 
     def state(self) -> dict[str, Any]:
         """Everything but tensors that an exact resume needs."""
@@ -133,6 +135,9 @@ class Int8Trainee:
         parked = self.keeper.folder.parked
         resting = {name: Resting(parked / file, seal) for name, (file, seal) in state["resting"].items()}
         self.trainables.restore(state["live"], saved.tensors, resting)
+        self.rounds.tidy(self.keeper.folder, self.index - (self.chosen is None))
+        if state["memory_bytes"] < self.setup.memory_bytes:
+            self._lower(state["memory_bytes"])
 
     def _out_of_time(self) -> bool:
         """Whether another round has no time, by the deadline or because all steps that the time allows are made."""
@@ -152,8 +157,8 @@ class Int8Trainee:
     def _end_round(self) -> None:
         assert self.chosen is not None
         if self.chosen.peak_bytes == self.predicted.peak or not self.predicted.measured_terms:
-            held = self._held_terms() | {"activations": self.progress.kept_bytes}
-            self.predicted.measured_terms = held
+            more = {"base": self._base_bytes, "activations": self.progress.kept_bytes}
+            self.predicted.measured_terms = held_terms(self.trainables) | more
         self.first += self.rounds.lengths[self.index]
         self.index += 1
         self.chosen = None
@@ -183,44 +188,64 @@ class Int8Trainee:
 
     def _step_back(self, back: StepBack) -> None:
         """Go on with less memory: the rest of the round gets a smaller plan. Raises: EdgegtError when none fits."""
-        assert self.chosen is not None
         if back.torn:
             go_back(self, self.keeper, "to take back a step that was broken off")
         self.keeper.checkpoints.finish()
-        before = self.chosen
-        done = self.progress.step - self.first
-        if done >= self.rounds.lengths[self.index]:
-            self._lower(back.budget_bytes)
+        done, before = self.progress.step - self.first, self.chosen
+        if before is None or done >= self.rounds.lengths[self.index]:
+            text = f"{back.reason}: what comes is planned within {format_bytes(back.budget_bytes)}"
+            self._stepped_back(text, back.budget_bytes)
             return
         at = replace(self._standing(), index=self.index + (1 if done else 0))
-        budget = back.budget_bytes
-        if back.guess and budget < (least := self.rounds.least_bytes(at, self._values)) < before.peak_bytes:
-            budget = least
-        held, self.setup = self.setup, replace(self.setup, memory_bytes=budget)
-        self.rounds.setup = self.setup
-        try:
-            chosen = self.rounds.smaller(at, self._values, before)
-        except BudgetError as error:
-            self.setup = self.rounds.setup = held
-            if not back.must:
-                self.log.fallback(f"{back.reason}, and nothing smaller can be trained")
-                self.keeper.guard.lower(held.memory_bytes)
-                return
-            raise EdgegtError(
-                f"{back.reason}: {format_bytes(budget)} are left for this run, and the least that it can go on with "
-                f"is {format_bytes(error.smallest_bytes or 0)}; end other programs"
-            ) from error
+        chosen, budget = self._smaller(back, at, before)
+        if chosen is None:
+            self.log.fallback(f"{back.reason}, and nothing smaller can be trained")
+            self.keeper.guard.lower(self.setup.memory_bytes)
+            return
         self.predicted.flops -= self._flops_left(before)
         if done:
-            self.rounds.cut(self.index, done)
+            self.rounds.cut(self.keeper.folder, self.index, done)
             self.first, self.index = self.progress.step, self.index + 1
-        was = f"{len(before.selected)} tensors, {before.micro_batch} rows, {len(before.recompute)} layers recomputed"
-        now = f"{len(chosen.selected)} tensors, {chosen.micro_batch} rows, {len(chosen.recompute)} layers recomputed"
+        was, now = (
+            f"{len(plan.selected)} tensors, {plan.micro_batch} rows, {len(plan.recompute)} layers recomputed"
+            for plan in (before, chosen)
+        )
         text = f"{back.reason}: the run steps back from {was} to {now}, within {format_bytes(budget)}"
-        self.log.fallback(text)
-        self.keeper.record({"kind": "memory", "text": text, "budget_bytes": budget})
         self._go_on_with(chosen, at)
-        self._lower(budget)
+        self._stepped_back(text, budget)
+
+    def _smaller(self, back: StepBack, at: Standing, before: Plan) -> tuple[Plan | None, int]:
+        """A smaller plan and the budget that it is for; None where there is none and the run need not stop."""
+        budget = back.budget_bytes
+        held = self.setup
+        try:
+            if back.guess and budget < (least := self.rounds.least_bytes(at, self._values)) < before.peak_bytes:
+                budget = least
+            self.setup = self.rounds.setup = replace(self.setup, memory_bytes=budget)
+            chosen = self.rounds.smaller(at, self._values, before)
+            same = chosen.peak_bytes >= before.peak_bytes
+            problem = "no plan takes less memory" if same else ""
+        except InputError as error:
+            problem = str(error)
+        if not problem:
+            return chosen, budget
+        self.setup = self.rounds.setup = held
+        if back.must:
+            left = format_bytes(budget)
+            raise EdgegtError(f"{back.reason}: the run cannot go on with the {left} that are left for it ({problem})")
+        return None, budget
+
+    def _stepped_back(self, text: str, budget_bytes: int) -> None:
+        self.log.fallback(text)
+        self.keeper.record({"kind": "memory", "text": text, "budget_bytes": budget_bytes})
+        self._lower(budget_bytes)
+
+    def _lower(self, budget_bytes: int) -> None:
+        """From now on the process holds itself to this many bytes."""
+        self.setup = self.rounds.setup = replace(self.setup, memory_bytes=budget_bytes)
+        trim()
+        self.setup.watch.hold(budget_bytes)
+        self.keeper.guard.lower(budget_bytes)
 
     def _flops_left(self, chosen: Plan) -> int:
         """What the rest of the round was predicted to cost."""
@@ -228,14 +253,21 @@ class Int8Trainee:
         shapes = self.setup.schedule.shapes[self.progress.step : min(end, self.rounds.last_step)]
         return table.train_work(table.mask(chosen.selected), chosen.recompute).total(shapes)
 
-    def _lower(self, budget_bytes: int) -> None:
-        self.setup = self.rounds.setup = replace(self.setup, memory_bytes=budget_bytes)
-        trim()
-        self.keeper.guard.lower(budget_bytes)
-
     def _importance(self) -> None:
-        setup = self.setup
+        """Measure what each tensor is worth now; without memory for it, what it was worth before counts."""
         self._probe_work = 0
+        try:
+            self._measure_importance()
+            return
+        except Exception as error:
+            if not self._values or not is_out_of_memory(error):
+                raise
+        self.model.inputs.clear()
+        trim()
+        self.log.fallback(f"importance is not measured again in round {self.index + 1}: memory could not be had")
+
+    def _measure_importance(self) -> None:
+        setup = self.setup
         if not setup.options.measures_importance:
             self._values = {weight.name: float(weight.numel) for weight in setup.need.table.weights}
             return
@@ -266,7 +298,7 @@ class Int8Trainee:
 
         0 when they do not fit even then, beside the planes of what was trained (never in the first round).
         """
-        setup, held = self.setup, self._live_bytes()
+        setup, held = self.setup, self._planned_bytes()
         need, schedule = setup.need, setup.schedule
         rows = fitting_probe_rows(setup.probes.rows, need, schedule, setup.memory_bytes, held)
         while setup.probes.rows % rows:
@@ -274,42 +306,19 @@ class Int8Trainee:
         if held and need.probe_bytes(largest(schedule, rows), held) > setup.memory_bytes:
             self.trainables.select(())
             trim()
-        peak = need.probe_bytes(largest(schedule, rows), self._live_bytes())
+        peak = need.probe_bytes(largest(schedule, rows), self._planned_bytes())
         if held and peak > setup.memory_bytes:
             return 0
         self._probe_peak = max(self._probe_peak, peak)
         return rows
 
-    def _live_bytes(self) -> int:
-        """What training holds now: masters, planes and states of live tensors, planes of resting ones."""
-        weights = {weight.name: weight for weight in self.rounds.table().weights}
-        live = sum(state_bytes(weights[name], False, self.rounds.formats[0]) for name in self.trainables.live)
-        return live + sum(plane_bytes(weights[name]) for name in self.trainables.resting)
+    def _planned_bytes(self) -> int:
+        return planned_bytes(self.trainables, self.rounds.table(), self.rounds.formats[0])
 
     def _layers(self) -> Any:
         from edgegt.architecture import layers_of
 
         return self.module.get_submodule(layers_of(self.module)[0])
-
-    def _planes_of_base(self) -> int:
-        """Bytes of the int8 model as it was loaded, each tensor once."""
-        held = {id(tensor): tensor.nbytes for tensor in self.model.vectors.values()}
-        for module in self.module.modules():
-            if isinstance(module, (Int8Linear, Int8Embedding)):
-                held[id(module.weight.q)] = module.weight.nbytes
-        return sum(held.values())
-
-    def _held_terms(self) -> dict[str, int]:
-        """What is held now, measured, by the names of the memory model."""
-        live, states = self.trainables.live, self.trainables.optimizer.states.values()
-        planes = {name: linear.added_bytes for name, linear in self.model.linears.items()}
-        return {
-            "base": self._base_bytes,
-            "masters": sum(parameter.nbytes for name, parameter in live.items()),
-            "planes": sum(planes[name] for name in live if name in planes),
-            "demoted": sum(size for name, size in planes.items() if name not in live),
-            "optimizer": sum(tensor.nbytes for state in states for tensor in state.tensors().values()),
-        }
 
     def _predict(self, steps: int, chosen: Plan) -> None:
         speeds = self.setup.rates, of_profile(self.setup.resolved.profile)
@@ -337,6 +346,7 @@ class Int8Trainee:
             self.meter, setup.watch, self.keeper.facts,
         )  # fmt: skip
         before = self.progress.train_s, self.progress.step
+        self.keeper.guard.begin()
         try:
             with recomputed(self._layers(), chosen.recompute):
                 train_round(

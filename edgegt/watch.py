@@ -85,6 +85,10 @@ class MemoryWatch:
         if self._cuda is not None:
             self._cuda.reset_peak_memory_stats()
 
+    def remember(self, peak_bytes: int) -> None:
+        """Count the peak of an earlier process of the same run."""
+        self._before = max(self._before, peak_bytes)
+
     def peak_ever(self) -> int:
         """Largest number of bytes held so far."""
         return max(self._before, self.peak())

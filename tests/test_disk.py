@@ -110,6 +110,15 @@ def test_a_line_without_room_is_taken_back(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_bytes() == b'{"step": 1}\n'
 
 
+def test_a_line_after_a_torn_one_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st')
+    with Lines(path) as lines:
+        lines.add({"step": 2})
+        lines.add({"step": 3})
+    assert read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
 def test_torn_and_damaged_lines_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step": 1}\n[2]\nnonsense\n\xff\xfe\n' + b"[" * 5000 + b'\n{"step": 3}\n{"step": 4')

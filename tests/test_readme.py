@@ -14,7 +14,7 @@ from edgegt.options import RunOptions, flag
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (".py", ".j2", ".c", ".h", ".cpp")
-OTHER_FLAGS = {"--config", "--explain", "--frontier", "--help", "--model", "--patch", "--extra-index-url"}
+OTHER_FLAGS = {"--config", "--resume", "--explain", "--frontier", "--help", "--model", "--patch", "--extra-index-url"}
 
 
 @cache

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 import runs
 from edgegt import disk, train
+from edgegt import folder as folder_module
 from edgegt.checkpoint import Checkpoints
 from edgegt.cli import main
 from edgegt.disk import read_lines
@@ -27,7 +29,9 @@ from edgegt.guard import RESERVE_BYTES
 from edgegt.keeper import Machine
 from edgegt.log import Log
 from edgegt.options import RunOptions
+from edgegt.prepare import prepare
 from edgegt.problem import Problem
+from edgegt.rounds import Rounds, Standing
 from edgegt.run import resume, run
 from edgegt.sensors import Reading
 
@@ -114,7 +118,7 @@ def test_a_run_that_died_goes_on_with_the_same_bits(step: int, rows: Path, whole
     assert about["finished"] is True and len(about["sessions"]) == 2
     assert about["measured"]["flops"] == runs.read(whole, "run.json")["measured"]["flops"]
     assert [event["kind"] for event in read_lines(folder / "events.jsonl")] == ["resume"]
-    assert not (folder / "checkpoint").exists() and not (folder / ".lock").exists()
+    assert not (folder / "checkpoint").exists()
 
 
 @pytest.mark.parametrize("strategy", ["full", "last-layers"])
@@ -217,6 +221,67 @@ def test_the_same_command_again_offers_to_go_on(
     assert main(words) == 2
     assert "broken off" not in capsys.readouterr().err
     with pytest.raises(InputError, match=r"it holds a run that was broken off, `edgegt run --resume .*` goes on"):
+        run(options(rows, first.path), QUIET)
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_thrown_away(rows: Path, tmp_path: Path) -> None:
+    folder = broken_off(tmp_path / "run", rows, 7)
+    for path in (folder / "checkpoint").glob("state-*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = {path.name for path in folder.iterdir()}
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"none of the checkpoints of '.*' is whole"):
+            resume(folder, QUIET)
+    assert {path.name for path in folder.iterdir()} == before
+
+
+def test_a_checkpoint_of_another_format_is_left_alone(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = broken_off(tmp_path / "run", rows, 7)
+    before = sorted((folder / "checkpoint").glob("state-*"))
+    monkeypatch.setattr("edgegt.checkpoint.FORMAT", "9")
+    with pytest.raises(InputError, match="has the format 2, and this version reads 9"):
+        resume(folder, QUIET)
+    assert sorted((folder / "checkpoint").glob("state-*")) == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, text in (("options.json", '{"theme": "dark"}'), ("thesis.txt", "mine"), ("sub/y.txt", "mine")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=r"is not a run folder \(options\.json is another program's\)"):
+        resume(tmp_path, QUIET)
+    assert (tmp_path / "thesis.txt").read_text() == (tmp_path / "sub" / "y.txt").read_text() == "mine"
+
+
+def test_starting_over_deletes_what_the_run_wrote_and_nothing_else(rows: Path, tmp_path: Path) -> None:
+    folder = broken_off(tmp_path / "run", rows, 3)
+    (folder / "notes.txt").write_text("mine")
+    shutil.rmtree(folder / "checkpoint")
+    resume(folder, QUIET)
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / "report.html").is_file()
+
+
+def test_who_comes_second_leaves_the_folder_of_the_first_alone(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find the folder free; the first has locked it by the time that the second tries."""
+    first = RunFolder(tmp_path / "run")
+    make = folder_module.new_folder
+
+    def slowly(*arguments: Any) -> RunFolder:
+        made = make(*arguments)
+        first.lock()
+        (first.path / "options.json").write_text("the first one's")
+        return made
+
+    monkeypatch.setattr(folder_module, "new_folder", slowly)
+    with pytest.raises(InputError, match="another process is training into"):
+        run(options(rows, first.path), QUIET)
+    assert (first.path / "options.json").read_text() == "the first one's"
+    first.release()
+    with pytest.raises(InputError, match="exists and is not an empty folder"):
         run(options(rows, first.path), QUIET)
 
 
@@ -369,7 +434,11 @@ def test_without_memory_a_run_steps_back_and_says_so(rows: Path, tmp_path: Path)
     smaller = runs.read(out, "plan-1.json")
     assert smaller["predicted"]["peak_bytes"] <= events[0]["budget_bytes"] < plan["predicted"]["peak_bytes"]
     assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == list(range(1, 13))
-    assert runs.read(out, "run.json")["measured"]["flops_ratio"] <= 0.5
+    assert runs.read(out, "plan-0.json")["steps"] == smaller["first_step"] == 12 - smaller["steps"] > 0
+    about = runs.read(out, "run.json")
+    assert about["measured"]["flops_ratio"] <= 0.5
+    assert about["budget"]["memory_bytes"] == 2 << 30
+    assert about["measured"]["peak_since_bytes"] <= about["budget"]["lowered_to_bytes"] == events[0]["budget_bytes"]
 
 
 @pytest.mark.parametrize("updated", [0, 1])
@@ -396,6 +465,70 @@ def test_an_allocation_that_fails_is_survived(
     assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == list(range(1, 13))
     kinds = [event["kind"] for event in read_lines(out / "events.jsonl")]
     assert kinds == ["rollback", "memory"]
+
+
+@pytest.mark.parametrize("strategy", ["greentrainer", "last-layers", "full"])
+def test_allocations_that_always_fail_end_the_run_with_a_reason(
+    strategy: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, steps = train.supervised_loss, 0
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes.")
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "supervised_loss", loss)
+    out = tmp_path / "run"
+    with pytest.raises(EdgegtError, match=r"memory could not be had .*--resume"):
+        run(options(rows, out, strategy=strategy, **WIDE), QUIET, machine=Room(lambda: 8 << 30).machine())
+    assert len([event for event in read_lines(out / "events.jsonl") if event["kind"] == "memory"]) < 20
+    monkeypatch.setattr(train, "supervised_loss", real)
+    resume(out, QUIET)
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == list(range(1, 13))
+    assert runs.read(out, "run.json")["measured"]["flops_ratio"] <= (1.001 if strategy == "full" else 0.5)
+
+
+def test_a_resumed_run_keeps_the_budget_that_it_stepped_back_to(rows: Path, tmp_path: Path) -> None:
+    import psutil
+
+    looks, out = 0, tmp_path / "run"
+    plan = runs.read(run(options(rows, tmp_path / "plenty", **WIDE), QUIET), "plan-0.json")
+    budget = plan["predicted"]["peak_bytes"] + RESERVE_BYTES - (6 << 20)
+
+    def left() -> int:
+        nonlocal looks
+        looks += 1
+        return 8 << 30 if looks < 4 else max(0, budget - psutil.Process().memory_info().rss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        dying_at(9, patch)
+        with pytest.raises(Stopped):
+            run(options(rows, out, **WIDE), QUIET, machine=Room(left).machine())
+    stepped = [event["budget_bytes"] for event in read_lines(out / "events.jsonl") if event["kind"] == "memory"]
+    resume(out, QUIET)
+    assert stepped and runs.read(out, "run.json")["budget"]["lowered_to_bytes"] == stepped[-1]
+    report = runs.read(out, "report.json")
+    assert sum(entry["steps"] for entry in report["rounds"]) == 12
+
+
+def test_a_smaller_plan_is_for_the_steps_that_a_deadline_leaves(rows: Path) -> None:
+    """The time ends them in any case: a lack of it must not pass for a lack of memory."""
+    setup = prepare(options(rows, None, time="1h", steps=100), QUIET)
+    rounds = Rounds(setup, QUIET)
+    values = {weight.name: 1.0 for weight in setup.need.table.weights}
+    at = Standing(index=0, step=10, spent=0, trained=(), later=0, after_s=0.0)
+    before = rounds.plan(at, values, None)
+    assert before.seconds is not None
+    rounds.fix(before)
+    rounds.last_step = 40
+    rounds.setup = replace(setup, started=setup.started - 3599, memory_bytes=before.peak_bytes)
+    found = rounds.smaller(at, values, before)
+    assert found.flops <= rounds.flops_of(40) < setup.flops
+    assert rounds.problem is not None and rounds.problem.steps == 30
+    assert rounds.least_bytes(at, values) <= found.peak_bytes <= before.peak_bytes
 
 
 class _Changing:

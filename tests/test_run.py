@@ -20,7 +20,7 @@ from edgegt.patch import read_patch
 pytestmark = pytest.mark.skipif(not runs.HERE, reason="no stories260K or no E2E rows under shared/data")
 FILES = {
     "options.json", "profile.json", "costs.json", "run.json", "plan-0.json", "plan-1.json", "metrics.jsonl",
-    "eval.json", "patch.safetensors", "frontier.json", "report.json", "report.html",
+    "eval.json", "patch.safetensors", ".lock", "frontier.json", "report.json", "report.html",
 }  # fmt: skip
 BUDGET = 2 * 2**30
 
