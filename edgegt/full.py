@@ -94,7 +94,7 @@ class FloatTrainee:
                 pass
         if self.progress.stop is not None:
             self.keeper.save(wait=True)
-            raise interrupted(self.progress, total, self.keeper.folder.path)
+            raise interrupted(self.progress, total, self.keeper)
         if self.progress.late:
             self.log.fallback(f"the time budget ended training after step {self.progress.step} of {total}")
         self.keeper.save()
@@ -191,13 +191,17 @@ class FloatTrainee:
 
     def _step_back(self, back: StepBack) -> None:
         """Smaller micro-batches: nothing else can be given up when everything is trained."""
+        before = self.micro_batch
         if back.torn:
             go_back(self, self.keeper, "to take back a step that was broken off")
-        before = self.micro_batch
+            self.micro_batch = min(before, self.micro_batch)
         while self.micro_batch > 1 and sum(full_terms(self.setup, self.micro_batch).values()) > back.budget_bytes:
             self.micro_batch //= 2
+        if self.micro_batch == before and not back.must:
+            self.log.fallback(f"{back.reason}, and nothing smaller can be trained")
+            return
         fits = sum(full_terms(self.setup, self.micro_batch).values()) <= back.budget_bytes
-        if not (fits or (back.guess and self.micro_batch < before)) and back.must:
+        if not fits and not (back.guess and self.micro_batch < before):
             raise EdgegtError(
                 f"{back.reason}: full fine-tuning cannot go on within {format_bytes(back.budget_bytes)}; end other "
                 "programs"
@@ -205,12 +209,13 @@ class FloatTrainee:
         text = f"{back.reason}: micro-batches of {self.micro_batch} rows instead of {before}"
         self.log.fallback(text)
         self.keeper.record({"kind": "memory", "text": text, "budget_bytes": back.budget_bytes})
-        if fits:
+        if fits and back.must:
             self.setup = replace(self.setup, memory_bytes=back.budget_bytes)
-            self.setup.watch.hold(back.budget_bytes)
         trim()
+        self.setup.watch.hold(self.setup.memory_bytes)
         self.keeper.guard.lower(self.setup.memory_bytes)
         self._predict()
+        self.keeper.save()
 
     @property
     def held_bytes(self) -> int:

@@ -310,7 +310,7 @@ def _record_run(
         "probe_flops": trainee.probe_flops, "steps": progress.step, "flops_by_kind": dict(trainee.meter.by_kind),
         "dropped_steps": len(progress.dropped), "paused_s": keeper.pacer.paused_s,
     }  # fmt: skip
-    lowered = setup.memory_bytes if setup.memory_bytes < setup.decisions.memory_bytes else None
+    lowered = limit if (limit := keeper.guard.budget_bytes) < setup.decisions.memory_bytes else None
     if lowered is not None:
         measured["peak_since_bytes"] = setup.watch.peak()  # since the budget was lowered
     if steps:

@@ -6,19 +6,20 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from edgegt.errors import Interrupted
+from edgegt.keeper import Keeper
 from edgegt.train import Progress
 
 
-def interrupted(progress: Progress, steps: int, folder: Path) -> Interrupted:
+def interrupted(progress: Progress, steps: int, keeper: Keeper) -> Interrupted:
     """What the user is told after a signal: how far the run came, and how it goes on."""
-    name = signal.Signals(progress.stop or signal.SIGINT).name
+    name, last = signal.Signals(progress.stop or signal.SIGINT).name, keeper.checkpoints.last_step
+    saved = "all of it is saved" if last == progress.step else f"saved up to step {last}"
     return Interrupted(
-        f"stopped by {name} after step {progress.step} of {steps}, all of it is saved: "
-        f"`edgegt run --resume {folder}` goes on",
+        f"stopped by {name} after step {progress.step} of {steps}, {saved}: "
+        f"`edgegt run --resume {keeper.folder.path}` goes on",
         128 + (progress.stop or signal.SIGINT),
     )
 

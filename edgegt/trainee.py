@@ -76,11 +76,11 @@ class Int8Trainee:
                     continue  # something went wrong and was dealt with: from where the run is now
                 if self.progress.stop is not None:
                     self.keeper.save(wait=True)
-                    raise interrupted(self.progress, self.setup.schedule.steps, self.keeper.folder.path)
+                    raise interrupted(self.progress, self.setup.schedule.steps, self.keeper)
                 self._end_round()
         if self.progress.stop is not None:  # it came after the last step
             self.keeper.save(wait=True)
-            raise interrupted(self.progress, self.setup.schedule.steps, self.keeper.folder.path)
+            raise interrupted(self.progress, self.setup.schedule.steps, self.keeper)
         if self.progress.step < self.rounds.last_step:
             total = self.setup.schedule.steps
             self.log.fallback(f"the time budget ended training after step {self.progress.step} of {total}")
@@ -110,7 +110,8 @@ class Int8Trainee:
             "before": None if self._before is None else self._before.to_json(),
             "progress": self.progress.to_json(), "predicted": asdict(self.predicted), "expected_s": self._expected_s,
             "values": self._values, "probe_flops": self.probe_flops, "flops_by_kind": dict(self.meter.by_kind),
-            "memory_bytes": self.setup.memory_bytes, "live": list(self.trainables.live),
+            "memory_bytes": self.setup.memory_bytes, "limit_bytes": self.keeper.guard.budget_bytes,
+            "live": list(self.trainables.live),
             "resting": {name: [place.path.name, place.seal] for name, place in resting},
         }  # fmt: skip
 
@@ -137,7 +138,7 @@ class Int8Trainee:
         self.trainables.restore(state["live"], saved.tensors, resting)
         self.rounds.tidy(self.keeper.folder, self.index - (self.chosen is None))
         if state["memory_bytes"] < self.setup.memory_bytes:
-            self._lower(state["memory_bytes"])
+            self._lower(state["memory_bytes"], state["limit_bytes"])
 
     def _out_of_time(self) -> bool:
         """Whether another round has no time, by the deadline or because all steps that the time allows are made."""
@@ -192,15 +193,14 @@ class Int8Trainee:
             go_back(self, self.keeper, "to take back a step that was broken off")
         self.keeper.checkpoints.finish()
         done, before = self.progress.step - self.first, self.chosen
-        if before is None or done >= self.rounds.lengths[self.index]:
-            text = f"{back.reason}: what comes is planned within {format_bytes(back.budget_bytes)}"
-            self._stepped_back(text, back.budget_bytes)
+        if before is None or done >= min(self.rounds.lengths[self.index], self.rounds.last_step - self.first):
+            if back.must:  # else the next plan's own peak says what it needs
+                self._stepped_back(back, "what comes has less", back.budget_bytes)
             return
         at = replace(self._standing(), index=self.index + (1 if done else 0))
         chosen, budget = self._smaller(back, at, before)
         if chosen is None:
             self.log.fallback(f"{back.reason}, and nothing smaller can be trained")
-            self.keeper.guard.lower(self.setup.memory_bytes)
             return
         self.predicted.flops -= self._flops_left(before)
         if done:
@@ -210,9 +210,10 @@ class Int8Trainee:
             f"{len(plan.selected)} tensors, {plan.micro_batch} rows, {len(plan.recompute)} layers recomputed"
             for plan in (before, chosen)
         )
-        text = f"{back.reason}: the run steps back from {was} to {now}, within {format_bytes(budget)}"
+        self._stepped_back(back, f"the run steps back from {was} to {now}", budget)
         self._go_on_with(chosen, at)
-        self._stepped_back(text, budget)
+        trim()
+        self.keeper.guard.lower(self.keeper.guard.budget_bytes)
 
     def _smaller(self, back: StepBack, at: Standing, before: Plan) -> tuple[Plan | None, int]:
         """A smaller plan and the budget that it is for; None where there is none and the run need not stop."""
@@ -222,30 +223,29 @@ class Int8Trainee:
             if back.guess and budget < (least := self.rounds.least_bytes(at, self._values)) < before.peak_bytes:
                 budget = least
             self.setup = self.rounds.setup = replace(self.setup, memory_bytes=budget)
-            chosen = self.rounds.smaller(at, self._values, before)
-            same = chosen.peak_bytes >= before.peak_bytes
-            problem = "no plan takes less memory" if same else ""
+            return self.rounds.smaller(at, self._values, before), budget
         except InputError as error:
-            problem = str(error)
-        if not problem:
-            return chosen, budget
-        self.setup = self.rounds.setup = held
-        if back.must:
+            self.setup = self.rounds.setup = held
+            if not back.must:
+                return None, budget
             left = format_bytes(budget)
-            raise EdgegtError(f"{back.reason}: the run cannot go on with the {left} that are left for it ({problem})")
-        return None, budget
+            raise EdgegtError(
+                f"{back.reason}: the run cannot go on with the {left} that are left for it ({error})"
+            ) from error
 
-    def _stepped_back(self, text: str, budget_bytes: int) -> None:
+    def _stepped_back(self, back: StepBack, what: str, budget_bytes: int) -> None:
+        """Say, record and obey it: less for the plans, and where memory is really gone for the process too."""
+        text = f"{back.reason}: {what}, within {format_bytes(budget_bytes)}"
         self.log.fallback(text)
         self.keeper.record({"kind": "memory", "text": text, "budget_bytes": budget_bytes})
-        self._lower(budget_bytes)
+        self._lower(budget_bytes, budget_bytes if back.must else self.keeper.guard.budget_bytes)
 
-    def _lower(self, budget_bytes: int) -> None:
-        """From now on the process holds itself to this many bytes."""
+    def _lower(self, budget_bytes: int, limit_bytes: int) -> None:
+        """From now on plans get `budget_bytes`, and the process holds itself to `limit_bytes`."""
         self.setup = self.rounds.setup = replace(self.setup, memory_bytes=budget_bytes)
         trim()
-        self.setup.watch.hold(budget_bytes)
-        self.keeper.guard.lower(budget_bytes)
+        self.setup.watch.hold(limit_bytes)
+        self.keeper.guard.lower(limit_bytes)
 
     def _flops_left(self, chosen: Plan) -> int:
         """What the rest of the round was predicted to cost."""

@@ -34,6 +34,7 @@ from edgegt.problem import Problem
 from edgegt.rounds import Rounds, Standing
 from edgegt.run import resume, run
 from edgegt.sensors import Reading
+from edgegt.watch import MemoryWatch
 
 pytestmark = pytest.mark.skipif(not runs.HERE, reason="no stories260K or no E2E rows under shared/data")
 STEPS = 24
@@ -81,6 +82,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path, rows: Path) -> 
         for key, value in runs.environment(cache).items():
             patch.setenv(key, value)
         return run(options(rows, tmp_path_factory.mktemp("whole") / "run"), QUIET)
+
+
+@pytest.fixture(scope="module")
+def plenty(tmp_path_factory: pytest.TempPathFactory, cache: Path, rows: Path) -> Path:
+    """A run with wide batches and all the memory that it wants."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in runs.environment(cache).items():
+            patch.setenv(key, value)
+        return run(options(rows, tmp_path_factory.mktemp("plenty") / "run", **WIDE), QUIET)
 
 
 class Stopped(BaseException):
@@ -413,7 +423,7 @@ def _steady() -> Callable[[], float]:
     return clock
 
 
-def test_without_memory_a_run_steps_back_and_says_so(rows: Path, tmp_path: Path) -> None:
+def test_without_memory_a_run_steps_back_and_says_so(rows: Path, plenty: Path, tmp_path: Path) -> None:
     import psutil
 
     looks = 0
@@ -425,7 +435,6 @@ def test_without_memory_a_run_steps_back_and_says_so(rows: Path, tmp_path: Path)
         return 8 << 30 if looks < 6 else max(0, budget - held)
 
     out = tmp_path / "run"
-    plenty = run(options(rows, tmp_path / "plenty", **WIDE), QUIET)
     plan = runs.read(plenty, "plan-0.json")
     budget = plan["predicted"]["peak_bytes"] + RESERVE_BYTES - (6 << 20)
     run(options(rows, out, **WIDE), QUIET, machine=Room(left).machine())
@@ -467,7 +476,7 @@ def test_an_allocation_that_fails_is_survived(
     assert kinds == ["rollback", "memory"]
 
 
-@pytest.mark.parametrize("strategy", ["greentrainer", "last-layers", "full"])
+@pytest.mark.parametrize("strategy", ["greentrainer", pytest.param("last-layers", marks=pytest.mark.slow), "full"])
 def test_allocations_that_always_fail_end_the_run_with_a_reason(
     strategy: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,11 +500,63 @@ def test_allocations_that_always_fail_end_the_run_with_a_reason(
     assert runs.read(out, "run.json")["measured"]["flops_ratio"] <= (1.001 if strategy == "full" else 0.5)
 
 
-def test_a_resumed_run_keeps_the_budget_that_it_stepped_back_to(rows: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_that_never_gets_its_states_ends_with_a_reason(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimizer states are made in the first step, which is torn then, and taken back."""
+    from edgegt.full import FloatTrainee
+
+    real, updates = FloatTrainee._update, 0
+
+    def update(self: FloatTrainee, name: str, gradient: torch.Tensor, lr: float) -> None:
+        nonlocal updates
+        updates += 1
+        if updates > 3:
+            raise MemoryError
+        real(self, name, gradient, lr)
+
+    monkeypatch.setattr(FloatTrainee, "_update", update)
+    out = tmp_path / "run"
+    with pytest.raises(EdgegtError, match=r"full fine-tuning cannot go on within .*--resume"):
+        run(options(rows, out, strategy="full", batch_size=8), QUIET, machine=Room(lambda: 8 << 30).machine())
+    texts = [event["text"] for event in read_lines(out / "events.jsonl") if event["kind"] == "memory"]
+    assert 1 <= len(texts) <= 3 and texts[0].endswith("rows instead of 8")
+
+
+def test_a_peak_that_was_predicted_too_low_is_made_up_for_once(
+    rows: Path, plenty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step takes 40 MiB more than planned: the next plan is that much smaller, and the limit stays."""
+    plan = runs.read(plenty, "plan-0.json")
+    budget = plan["predicted"]["peak_bytes"] + (14 << 20)
+    real = MemoryWatch.peak
+
+    def peak(self: MemoryWatch) -> int:
+        return real(self) + (40 << 20 if training else 0)
+
+    training, add = False, disk.Lines.add
+
+    def added(self: disk.Lines, tree: dict[str, Any]) -> None:
+        nonlocal training
+        training = True
+        add(self, tree)
+
+    monkeypatch.setattr(disk.Lines, "add", added)
+    monkeypatch.setattr(MemoryWatch, "peak", peak)
+    out = tmp_path / "run"
+    more = {**WIDE, "memory": f"{budget >> 20}MiB"}
+    run(options(rows, out, **more), QUIET, machine=Room(lambda: 8 << 30).machine())
+    events = [event for event in read_lines(out / "events.jsonl") if event["kind"] == "memory"]
+    assert len(events) <= 1
+    assert runs.read(out, "run.json")["budget"]["lowered_to_bytes"] is None
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == list(range(1, 13))
+
+
+def test_a_resumed_run_keeps_the_budget_that_it_stepped_back_to(rows: Path, plenty: Path, tmp_path: Path) -> None:
     import psutil
 
     looks, out = 0, tmp_path / "run"
-    plan = runs.read(run(options(rows, tmp_path / "plenty", **WIDE), QUIET), "plan-0.json")
+    plan = runs.read(plenty, "plan-0.json")
     budget = plan["predicted"]["peak_bytes"] + RESERVE_BYTES - (6 << 20)
 
     def left() -> int:
