@@ -311,8 +311,7 @@ def _record_run(
         "dropped_steps": len(progress.dropped), "paused_s": keeper.pacer.paused_s,
     }  # fmt: skip
     lowered = limit if (limit := keeper.guard.budget_bytes) < setup.decisions.memory_bytes else None
-    if lowered is not None:
-        measured["peak_since_bytes"] = setup.watch.peak()  # since the budget was lowered
+    measured["peak_since_bytes"] = None if lowered is None else setup.watch.peak()  # since it was lowered
     if steps:
         measured["flops_ratio"] = trainee.meter.total / full_done
         measured["step_s"] = median(entry["step_s"] for entry in steps)

@@ -159,7 +159,7 @@ def fake_run(folder: Path, layers: int = 8, rounds: int = 3, steps: int = 200) -
                 "formats": {"master": "float32", "states": "8-bit"}, "head_rows": 700 if index else None,
                 "micro_batch": 8, "accumulation": 1, "value": 3.1, "optimality_gap": 0.0004, "candidates": listed,
                 "predicted": {"flops": full // 6, "flops_ratio": 0.481, "peak_bytes": predicted, "step_s": 0.31},
-                "budget": {"flops": full // 2, "memory_bytes": budget}, "memory": terms, "notes": []}  # fmt: skip
+                "budget": {"flops": full // 2, "memory_bytes": budget, "lowered_to_bytes": None}, "memory": terms, "notes": []}  # fmt: skip
         (folder / f"plan-{index}.json").write_text(json.dumps(plan))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
@@ -186,7 +186,8 @@ def fake_run(folder: Path, layers: int = 8, rounds: int = 3, steps: int = 200) -
                       "device_step_s": 0.082, "floor_bytes": terms["floor"]},
         "measured": {"flops_ratio": 0.481, "flops": used, "peak_bytes": predicted - 28 * MIB,
                      "floor_bytes": terms["floor"] + 3 * MIB, "step_s": 0.33, "tokens_per_s": 2402.5, "train_s": 66.4,
-                     "elapsed_s": 92.0, "probe_flops": full * 21 // 1000},
+                     "elapsed_s": 92.0, "probe_flops": full * 21 // 1000, "peak_since_bytes": None,
+                     "dropped_steps": 0, "paused_s": 0.0},
         "full_flops": full, "strategy": "greentrainer", "backend": "torch", "threads": 2, "memory_terms": terms,
         "measured_terms": held,
         "fallbacks": ["bitsandbytes' kernels do not run here: the torch backend is used"],

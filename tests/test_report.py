@@ -499,3 +499,14 @@ def test_fields_of_another_kind_do_not_break_the_report(bad: Any, tmp_path: Path
     change(folder, "plan-0.json", formats=bad, head_rows=bad, problem=bad)
     write_report(folder)
     assert set(report_of(folder)) >= CONTRACT
+
+
+def test_a_budget_that_was_lowered_is_told_beside_the_first_one(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", layers=1, rounds=1, steps=4)
+    run = json.loads((folder / "run.json").read_text())
+    write_report(folder)
+    assert "last step back" not in page_of(folder)
+    run["budget"]["lowered_to_bytes"], run["measured"]["peak_since_bytes"] = 512 * 2**20, 500 * 2**20
+    (folder / "run.json").write_text(json.dumps(run))
+    write_report(folder)
+    assert "Budget from the last step back on" in page_of(folder) and "500.0 MiB used since" in page_of(folder)

@@ -17,7 +17,7 @@ from reliability_runs import environment, essence, scratch, some_rows, words
 
 STEPS = 12
 EXTRA = ("--steps", str(STEPS), "--checkpoint-every", "4", "--no-examples", "--quiet", "--round-epochs", "0.07",
-         "--rho", "0.8")  # fmt: skip
+         "--rho", "0.8", "--memory", "8GiB")  # fmt: skip
 
 
 @dataclass

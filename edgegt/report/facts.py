@@ -230,12 +230,13 @@ def build_report(facts: RunFacts) -> Tree:
     budget, predicted, used = facts.part("budget"), facts.part("predicted"), measured(facts)
     predicted_keys = ("flops_ratio", "peak_bytes", "step_s", "flops", "device_step_s", "floor_bytes")
     measured_keys = ("flops_ratio", "peak_bytes", "step_s", "tokens_per_s", "flops", "floor_bytes", "train_s")
+    more_measured = ("elapsed_s", "probe_flops", "peak_since_bytes", "dropped_steps", "paused_s")
     report = {
         "device": facts.part("device"),
         "model": facts.part("model"),
-        "budget": {key: budget.get(key) for key in ("rho", "flops", "memory_bytes")},
+        "budget": {key: budget.get(key) for key in ("rho", "flops", "memory_bytes", "lowered_to_bytes")},
         "predicted": {key: predicted.get(key) for key in predicted_keys},
-        "measured": {key: used.get(key) for key in (*measured_keys, "elapsed_s", "probe_flops")},
+        "measured": {key: used.get(key) for key in (*measured_keys, *more_measured)},
         "eval": {"before": facts.before, "after": facts.after},
         "rounds": [_round(plan) for plan in facts.plans],
         "fallbacks": list(facts.run.get("fallbacks") or ()),

@@ -151,12 +151,16 @@ def flops_rows(report: Tree) -> list[Row]:
 
 def memory_rows(report: Tree) -> list[Row]:
     """The memory budget and its use: label, peak of the process, how much of it lies above the runtime floor."""
-    predicted, used = report["predicted"], report["measured"]
-    return [
-        ("Budget", _bytes(report["budget"], "memory_bytes"), ""),
+    budget, predicted, used = report["budget"], report["predicted"], report["measured"]
+    rows: list[Row] = [
+        ("Budget", _bytes(budget, "memory_bytes"), ""),
         ("Predicted", _bytes(predicted, "peak_bytes"), _above_floor(predicted)),
         ("Measured", _bytes(used, "peak_bytes"), _above_floor(used)),
     ]
+    if number(budget, "lowered_to_bytes") is not None:
+        since = f"{_bytes(used, 'peak_since_bytes')} used since"
+        rows.append(("Budget from the last step back on", _bytes(budget, "lowered_to_bytes"), since))
+    return rows
 
 
 def _above_floor(tree: Tree) -> str:
