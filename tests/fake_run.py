@@ -159,7 +159,7 @@ def fake_run(folder: Path, layers: int = 8, rounds: int = 3, steps: int = 200) -
                 "formats": {"master": "float32", "states": "8-bit"}, "head_rows": 700 if index else None,
                 "micro_batch": 8, "accumulation": 1, "value": 3.1, "optimality_gap": 0.0004, "candidates": listed,
                 "predicted": {"flops": full // 6, "flops_ratio": 0.481, "peak_bytes": predicted, "step_s": 0.31},
-                "budget": {"flops": full // 2, "memory_bytes": budget, "lowered_to_bytes": None}, "memory": terms, "notes": []}  # fmt: skip
+                "budget": {"flops": full // 2, "memory_bytes": budget}, "memory": terms, "notes": []}  # fmt: skip
         (folder / f"plan-{index}.json").write_text(json.dumps(plan))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
@@ -181,7 +181,7 @@ def fake_run(folder: Path, layers: int = 8, rounds: int = 3, steps: int = 200) -
         "data": {"name": "household", "format": "jsonl", "rows": 1640, "kept": 1633, "cut": 4,
                  "dropped": {"empty": 5, "too long": 2}, "train_rows": 1400, "eval_rows": 233,
                  "supervised_tokens": 25_310},
-        "budget": {"rho": 0.5, "flops": full // 2, "memory_bytes": budget},
+        "budget": {"rho": 0.5, "flops": full // 2, "memory_bytes": budget, "lowered_to_bytes": None},
         "predicted": {"flops_ratio": 0.486, "flops": full * 486 // 1000, "peak_bytes": predicted, "step_s": 0.31,
                       "device_step_s": 0.082, "floor_bytes": terms["floor"]},
         "measured": {"flops_ratio": 0.481, "flops": used, "peak_bytes": predicted - 28 * MIB,
