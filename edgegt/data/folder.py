@@ -49,14 +49,16 @@ def data_files(path: Path) -> DataFiles:
                              "its folders as --data")  # fmt: skip
         return DataFiles(_saved(train), () if held is None else _saved(held))
     files = sorted(child for child in path.iterdir() if child.suffix.lower() in SUFFIXES and child.is_file())
-    train_files = _split(files, TRAIN) or tuple(file for file in files if file.stem.startswith(TRAIN))[:2]
     if len(files) == 1:
         return DataFiles(tuple(files))
-    if not train_files or (len(train_files) > 1 and not _SHARD.search(train_files[0].stem)):
+    train_files = _split(files, TRAIN) or tuple(file for file in files if file.stem.startswith(TRAIN))
+    held_files = _split(files, HELD_OUT)
+    if not train_files or not all(map(_is_one, (train_files, held_files))):
         found = listed(file.name for file in files) or "no data file"
-        remedy = f"name one train.jsonl ({listed(SUFFIXES)}), or give a file as --data"
-        raise InputError(f"data folder '{_shown(path)}' has no one training file, it has {found}: {remedy}")
-    return DataFiles(train_files, _split(files, HELD_OUT))
+        what = "training file" if not _is_one(train_files) or not train_files else "held-out file"
+        remedy = f"name one train.jsonl and one valid.jsonl ({listed(SUFFIXES)}), or give a file as --data"
+        raise InputError(f"data folder '{_shown(path)}' has no one {what}, it has {found}: {remedy}")
+    return DataFiles(train_files, held_files)
 
 
 def _split(files: Iterable[Path], names: tuple[str, ...]) -> tuple[Path, ...]:
@@ -64,8 +66,13 @@ def _split(files: Iterable[Path], names: tuple[str, ...]) -> tuple[Path, ...]:
     for name in names:
         found = tuple(file for file in files if _SHARD.sub("", file.stem) == name)
         if found:
-            return found if _SHARD.search(found[0].stem) else found[:1]
+            return found
     return ()
+
+
+def _is_one(files: tuple[Path, ...]) -> bool:
+    """Whether these are one file, or the shards of one."""
+    return len(files) < 2 or all(_SHARD.search(file.stem) for file in files)
 
 
 def _saved(folder: Path) -> tuple[Path, ...]:
