@@ -156,11 +156,16 @@ def test_llama3_equals_the_reference_built_by_hand() -> None:
         (PHI3, "<|endoftext|>", TURNS[1:],
          "<|user|>\nWho wrote Emma?<|end|>\n<|assistant|>\n«Jane Austen.<|end|>»\n<|user|>\nWhen?\n<|end|>\n"
          "<|assistant|>\n«In 1815.<|end|>\n<|endoftext|>»"),
+        (CHATML, "<|im_end|>", TURNS[2:3],
+         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>assistant\n«Jane Austen.<|im_end|>»"),
+        (LLAMA3, "<|eot_id|>", TURNS[2:],
+         "<s><|start_header_id|>assistant<|end_header_id|>\n\n«Jane Austen.<|eot_id|>»<|start_header_id|>user"
+         "<|end_header_id|>\n\nWhen?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n«In 1815.<|eot_id|>»"),
         (None, "</s>", TURNS,
          "<s>Be brief.\n\nUser: Who wrote Emma?\n\nAssistant:« Jane Austen.</s>»\n\nUser: When?\n\nAssistant:« In "
          "1815.</s>»"),
     ],
-    ids=["mistral", "mistral with system", "phi3", "plain"],
+    ids=["mistral", "mistral with system", "phi3", "answer first", "answer first and later", "plain"],
 )  # fmt: skip
 def test_other_templates(template: str | None, eos: str, turns: tuple[Turn, ...], reference: str) -> None:
     tokenizer = tokenizer_of(template, eos)
@@ -355,3 +360,14 @@ def test_a_conversation_without_an_answer_is_dropped_and_a_file_of_them_refused(
 def test_a_plain_template_is_stated() -> None:
     assert "plain" in next(iter(ChatTemplate(tokenizer_of(None)).notes))
     assert not ChatTemplate(tokenizer_of(CHATML, eos="<|im_end|>")).notes
+
+
+def test_the_head_runs_on_the_learned_positions_alone() -> None:
+    """What costs are counted with is the number of labels, gaps left out."""
+    from edgegt.cost import Totals
+
+    tokenizer = tokenizer_of(CHATML, eos="<|im_end|>", bos=None)
+    shape = collate([one(tokenizer), one(tokenizer, TURNS[1:3])], 0).shape
+    learned = sum(len(tokenizer(text)["input_ids"]) for text in ("Jane Austen.", "In 1815.", "Jane Austen.")) + 3
+    assert shape.labelled == learned < shape.rows * shape.kept
+    assert Totals.of([shape]).kept == learned

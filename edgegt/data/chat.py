@@ -54,6 +54,7 @@ class ChatTemplate:
         special = {str(token) for token in added.values() if getattr(token, "special", True)}
         self.marks = sorted(special - {self.end}, key=len, reverse=True)
         self.keeps_system = self._keeps_system()
+        self.opening = self._opening()
         if not self.own:
             self.notes["the model has no chat template: a plain one is used (User: ..., Assistant: ...)"] = 0
 
@@ -88,10 +89,12 @@ class ChatTemplate:
 
     def _answer(self, text: str, turns: tuple[Turn, ...], place: int) -> tuple[int, int]:
         """Where the answer at `place` begins in the text that ends with it, and where its own characters end."""
-        asked, before = self._head(turns[:place], True), self._head(turns[:place], False)
-        prompted = text.startswith(asked) and len(asked) > len(before)
-        begin = len(asked) if prompted else len(before)
-        if not text.startswith(asked if prompted else before):
+        head = self._head(turns[:place], True)
+        prompted = self.opening != "" and head.endswith(self.opening) and text.startswith(head)
+        if not prompted:
+            head = self._head(turns[:place], False)
+        begin = len(head)
+        if not text.startswith(head):
             raise Refused("the chat template changes what was said when an answer follows: use another --format")
         self._check_heard(text[:begin], turns[:place])
         said = turns[place].text.strip()
@@ -135,6 +138,12 @@ class ChatTemplate:
             return "Sys7tem" in self._render(probe)
         except Refused:
             return False
+
+    def _opening(self) -> str:
+        """What the template puts before an answer when asked for one; nothing where it does not know how."""
+        probe = (Turn("user", "Us7er"),)
+        plain, prompted = self._head(probe, False), self._head(probe, True)
+        return prompted[len(plain) :] if prompted.startswith(plain) else ""
 
     def _head(self, turns: tuple[Turn, ...], prompted: bool) -> str:
         """What comes before an answer; nothing where the template cannot begin with one."""
