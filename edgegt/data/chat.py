@@ -69,7 +69,7 @@ class ChatTemplate:
             last = place == places[-1]
             text = full if last else self._render(turns[: place + 1])
             # PLAIN, Phi-3 and others end a conversation with a token that no answer within it has
-            shared = text if last else os.path.commonprefix([text, full])  # noqa: RUF071
+            shared = text if last else _shared(text, full)
             begin, stop = self._answer(text, turns, place)
             apart = apart or len(shared) < stop
             each.append((text, (begin, self._closed(text if len(shared) < stop else shared, stop))))
@@ -140,10 +140,10 @@ class ChatTemplate:
             return False
 
     def _opening(self) -> str:
-        """What the template puts before an answer when asked for one; nothing where it does not know how."""
+        """The end of what the template puts before an answer when asked for one; nothing where it does not know how."""
         probe = (Turn("user", "Us7er"),)
         plain, prompted = self._head(probe, False), self._head(probe, True)
-        return prompted[len(plain) :] if prompted.startswith(plain) else ""
+        return prompted[len(_shared(plain, prompted)) :]
 
     def _head(self, turns: tuple[Turn, ...], prompted: bool) -> str:
         """What comes before an answer; nothing where the template cannot begin with one."""
@@ -163,3 +163,8 @@ class ChatTemplate:
             line = format_text((str(error).splitlines() or [type(error).__name__])[0], 100)
             raise Refused(f"the chat template refuses the conversation ({line}): correct or delete the row") from error
         return str(text)
+
+
+def _shared(one: str, other: str) -> str:
+    """How two texts begin alike."""
+    return os.path.commonprefix([one, other])  # noqa: RUF071
