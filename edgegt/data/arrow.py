@@ -29,7 +29,7 @@ def records_of(path: Path, format_name: str) -> Iterator[Record]:
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         line = format_text((str(error).splitlines() or [type(error).__name__])[0], 100)
         raise InputError(f"'{shown}' cannot be read as {format_name} ({line}): save it again") from error
 
