@@ -1,4 +1,4 @@
-"""The command line: `edgegt run`, `plan`, `devices`, `report`, `eval`, `generate`, `doctor`, `calibrate`, `cache`.
+"""The command line: `edgegt run`, `plan`, `data`, `devices`, `report`, `eval`, `generate`, `doctor` and others.
 
 Options of run and plan come from the table in `options`; torch is imported only by commands that compute. Results go
 to standard output, progress and errors to standard error. Exit codes: 0 done, 1 the run failed, 2 input refused or
@@ -102,8 +102,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    for item in dataclasses.fields(RunOptions):
+def _add_options(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+    for item in filter(lambda one: only is None or one.name in only, dataclasses.fields(RunOptions)):
         wanted, help_text = option_type(item), str(item.metadata["help"])
         default = f" (default: {item.default})" if item.default is not None and wanted is not bool else ""
         if wanted is bool:
@@ -117,8 +117,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             flag(item.name), dest=item.name, type=wanted, default=argparse.SUPPRESS,
             metavar="{" + ",".join(choices) + "}" if choices else wanted.__name__.upper(), help=help_text + default,
         )  # fmt: skip
-    parser.add_argument("--config", metavar="FILE", help="TOML file with any of these options; the command line wins")
-    parser.add_argument("--quiet", action="store_true", help="say nothing on standard error but errors")
+    if only is None:
+        parser.add_argument("--config", metavar="FILE", help="TOML file with any of these; the command line wins")
+        parser.add_argument("--quiet", action="store_true", help="say nothing on standard error but errors")
 
 
 def _options(parsed: argparse.Namespace) -> RunOptions:
@@ -211,6 +212,22 @@ def _plan(parsed: argparse.Namespace) -> int:
     return 0 if outlook["fits"] else 2
 
 
+def _add_data(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="what would be trained of a file or folder", prog="edgegt data")
+    parser.add_argument("data", metavar="FILE", help="file or folder, as for --data of a run")
+    _add_options(parser, ("model", "columns", "format", "max_length", "skip_bad_rows"))
+    parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
+    parser.set_defaults(handler=_data, config=None)
+
+
+def _data(parsed: argparse.Namespace) -> int:
+    from edgegt.survey import survey, survey_text
+
+    tree, in_colour = survey(_options(parsed)), sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(json.dumps(tree, indent=1) if parsed.json else survey_text(tree, in_colour))
+    return 0
+
+
 def _add_devices(commands: Any, name: str) -> None:
     parser = commands.add_parser(name, help="list device profiles, or explain one", prog="edgegt devices")
     parser.add_argument("action", nargs="?", choices=("list", "show"), default="list")
@@ -265,6 +282,9 @@ def _add_eval(commands: Any, name: str) -> None:
     _add_subject(parser)
     parser.add_argument("--data", help="file to evaluate on (default: the run's held-out rows)")
     parser.add_argument("--columns", help="which fields of --data to read, such as prompt=mr,completion=ref")
+    parser.add_argument(
+        "--format", help="what the rows of --data hold, such as messages (default: as their fields say)"
+    )
     parser.add_argument("--max-length", type=int, help="tokens of a row of --data at most (default: the run's, or 512)")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows of --data that cannot be read")
     parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
@@ -276,6 +296,7 @@ def _eval(parsed: argparse.Namespace) -> int:
 
     numbers = evaluate_subject(
         parsed.run, parsed.model, parsed.patch, parsed.data, parsed.columns, parsed.max_length, parsed.skip_bad_rows,
+        parsed.format,
     )  # fmt: skip
     if parsed.json:
         _print_json(numbers)
@@ -373,6 +394,7 @@ def _cache(parsed: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "run": _add_run, "plan": _add_plan, "devices": _add_devices, "report": _add_report, "eval": _add_eval,
-    "generate": _add_generate, "doctor": _add_doctor, "calibrate": _add_calibrate, "cache": _add_cache,
+    "run": _add_run, "plan": _add_plan, "data": _add_data, "devices": _add_devices, "report": _add_report,
+    "eval": _add_eval, "generate": _add_generate, "doctor": _add_doctor, "calibrate": _add_calibrate,
+    "cache": _add_cache,
 }  # fmt: skip

@@ -71,6 +71,8 @@ def answer(
 
 
 def exact_match(answers: Sequence[str], rows: Sequence[Row]) -> float:
-    """Share of answers that equal their reference, surrounding white space aside."""
-    same = sum(text.strip() == row.completion.strip() for text, row in zip(answers, rows, strict=True))
+    """Share of answers that equal their reference, or one of several, surrounding white space aside."""
+    same = 0
+    for text, row in zip(answers, rows, strict=True):
+        same += text.strip() in {one.strip() for one in (row.completion, *row.references)}
     return same / len(rows)

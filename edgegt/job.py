@@ -14,7 +14,19 @@ from typing import Any
 
 from edgegt import home
 from edgegt.cost import BatchShape
-from edgegt.data import BadRow, Example, Row, Source, TokenReport, parse_columns, read_rows, split_rows, tokenize
+from edgegt.data import (
+    BadRow,
+    Example,
+    Row,
+    Source,
+    TokenReport,
+    data_files,
+    parse_columns,
+    read_parts,
+    read_rows,
+    split_rows,
+    tokenize,
+)
 from edgegt.device import Resolved, resolve_device
 from edgegt.errors import InputError
 from edgegt.host import Host, read_host
@@ -31,8 +43,8 @@ ONLY_THE_HOUSEHOLD = "--data without --model: give --model too (the built-in mod
 class Corpus:
     """The user's rows as token ids, on two sides.
 
-    reports: of the training side and of the held-out side; unread: rows without anything to learn, by reason; bad: of
-    each file its name and the rows that could not be read and were left out.
+    format: of the file; layout: what its rows hold; reports: of the training and of the held-out side; unread: rows
+    without anything to learn, by reason; bad: of each file its name and the rows that were left out as unreadable.
     """
 
     name: str
@@ -43,6 +55,7 @@ class Corpus:
     reports: tuple[TokenReport, TokenReport]
     unread: dict[str, int]
     separator: str
+    layout: str
     bad: tuple[tuple[str, tuple[BadRow, ...]], ...] = ()
 
     @property
@@ -55,7 +68,13 @@ class Corpus:
     @property
     def used_tokens(self) -> tuple[int, ...]:
         """The ids that occur in the training rows, ascending: rows of the head that need a master."""
-        return tuple(sorted({token for example in self.train for token in (*example.inputs, *example.targets)}))
+        used = {token for example in self.train for token in (*example.prompt, *example.completion)}
+        return tuple(sorted(used))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done otherwise than the data say, once each."""
+        return tuple(dict.fromkeys(note for report in self.reports for note in report.notes))
 
     def to_json(self) -> dict[str, Any]:
         """What became of every row of the data, for run.json."""
@@ -65,7 +84,7 @@ class Corpus:
             for reason, count in report.dropped.items():
                 dropped[reason] = dropped.get(reason, 0) + count
         return {
-            "name": self.name, "format": self.format, "separator": self.separator,
+            "name": self.name, "format": self.format, "layout": self.layout, "separator": self.separator,
             "rows": sum(report.rows for report in self.reports) + sum(self.unread.values()) + len(listed),
             "kept": sum(report.kept for report in self.reports), "cut": sum(report.cut for report in self.reports),
             "dropped": dropped, "train_rows": len(self.train), "eval_rows": len(self.held_out),
@@ -77,10 +96,11 @@ class Corpus:
 
     def bad_lines(self) -> list[str]:
         """Of each file with bad rows 'left out 2 bad rows of rows.jsonl: row 4 (malformed JSON at column 9), ...'."""
-        return [_bad_line(name, rows) for name, rows in self.bad if rows]
+        return [bad_line(name, rows) for name, rows in self.bad if rows]
 
 
-def _bad_line(name: str, rows: tuple[BadRow, ...]) -> str:
+def bad_line(name: str, rows: tuple[BadRow, ...]) -> str:
+    """How many rows of a file were left out, and the first of them."""
     shown = [f"row {row.number} ({row.reason})" for row in rows[:BAD_ROWS_SHOWN]]
     more = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
     count = "1 bad row" if len(rows) == 1 else f"{len(rows)} bad rows"
@@ -133,33 +153,43 @@ def read_corpus(options: RunOptions, tokenizer: Any) -> Corpus:
     """The user's data, or the household's when no data is named. Raises: InputError for anything unusable."""
     if options.data is None:
         return _household(options, tokenizer)
-    columns = parse_columns(options.columns) if options.columns else None
-    source = read_rows(Path(options.data), columns, options.skip_bad_rows)
-    sources = [source]
-    if options.eval_data is None:
+    sources = read_sources(options)
+    source = sources[0]
+    if len(sources) == 1:
         train, held = split_rows(source.rows, options.eval_fraction, options.seed)
     else:
-        sources.append(read_rows(Path(options.eval_data), columns, options.skip_bad_rows))
         train, held = list(source.rows), list(sources[1].rows)
-    return _tokenised(options, tokenizer, source.name, source.format, train, held, [], sources)
+    return _tokenised(options, tokenizer, source, train, held, [], sources)
+
+
+def read_sources(options: RunOptions) -> list[Source]:
+    """The rows of --data, and those held out where --eval-data or the folder names them."""
+    assert options.data is not None
+    columns = parse_columns(options.columns) if options.columns else None
+    files = data_files(Path(options.data))
+    held = files.held_out if options.eval_data is None else (Path(options.eval_data),)
+    sides = [side for side in (files.train, held) if side]
+    return [read_parts(side, columns, options.skip_bad_rows, options.format) for side in sides]
 
 
 def _household(options: RunOptions, tokenizer: Any) -> Corpus:
     train, held, general = (list(read_rows(path, None).rows) for path in (home.TRAIN, home.HELD_OUT, home.GENERAL))
-    return _tokenised(options, tokenizer, "household", "jsonl", train, held, general, [])
+    source = Source((), "jsonl", "household", {}, layout="prompt-completion")
+    return _tokenised(options, tokenizer, source, train, held, general, [])
 
 
 def _tokenised(
-    options: RunOptions, tokenizer: Any, name: str, form: str, train: list[Row], held: list[Row], general: list[Row],
+    options: RunOptions, tokenizer: Any, source: Source, train: list[Row], held: list[Row], general: list[Row],
     sources: list[Source],
 ) -> Corpus:  # fmt: skip
-    examples, report = tokenize(train, tokenizer, options.max_length)
-    held_out, held_report = tokenize(held, tokenizer, options.max_length)
+    examples, report = tokenize(train, tokenizer, options.max_length, options.skip_bad_rows)
+    held_out, held_report = tokenize(held, tokenizer, options.max_length, options.skip_bad_rows)
     other = tuple(tokenize(general, tokenizer, options.max_length)[0]) if general else ()
     unread = sum((Counter(source.dropped) for source in sources), Counter[str]())
     return Corpus(
-        name, form, tuple(examples), tuple(held_out[: options.eval_rows]), other, (report, held_report), dict(unread),
-        train[0].separator, tuple((source.name, source.bad) for source in sources),
+        source.name, source.format, tuple(examples), tuple(held_out[: options.eval_rows]), other,
+        (report, held_report), dict(unread), train[0].separator, source.layout,
+        tuple((one.name, one.bad) for one in sources),
     )  # fmt: skip
 
 

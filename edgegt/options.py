@@ -17,6 +17,7 @@ from edgegt.units import format_text, parse_bytes, parse_duration, parse_energy
 
 STRATEGY_NAMES = ("greentrainer", "greentrainer-dp", "last-layers", "bias", "random", "full")
 SCHEDULES = ("linear", "cosine", "constant")
+DATA_FORMATS = ("messages", "conversations", "prompt-completion", "instruction", "text", "piqa")
 
 
 def _option(default: Any, help_text: str, **extra: Any) -> Any:
@@ -29,8 +30,13 @@ class RunOptions:
 
     device: str = _option("auto", "device profile: a name, 'jetson', 'auto' or a path to a .toml file")
     model: str | None = _option(None, "model directory with safetensors, or a hub id (default: the home assistant)")
-    data: str | None = _option(None, "JSONL, JSON, CSV, TSV or text file (default: one household's utterances)")
-    columns: str | None = _option(None, "which fields to read, such as prompt=mr,completion=ref or text=body")
+    data: str | None = _option(
+        None, "JSONL, JSON, CSV, TSV, Parquet, Arrow or text file, or a folder of them (default: one household's)"
+    )
+    columns: str | None = _option(
+        None, "which fields to read, such as prompt=question.text,completion=answers, text=body or messages=turns"
+    )
+    format: str | None = _option(None, "what the rows hold (default: what their fields say)", choices=DATA_FORMATS)
     output: str | None = _option(None, "run folder to write (default: runs/<model>-<device>-<number>)")
     rho: float | None = _option(None, "FLOPs of the run as a fraction of full fine-tuning (default: the profile's)")
     memory: str | None = _option(None, "peak memory of the process, such as 4GiB (default: the profile's)")
@@ -160,10 +166,12 @@ def _number_problems(options: RunOptions) -> list[str]:
 
 def _choice_problems(options: RunOptions) -> list[str]:
     problems = []
+    if options.columns and options.format:
+        problems.append(f"--columns and --format {options.format} both say which fields to read: leave one of them out")
     for item in dataclasses.fields(options):
         choices = item.metadata.get("choices")
         value = getattr(options, item.name)
-        if choices and value not in choices:
+        if choices and value not in choices and not (value is None and item.default is None):
             known = ", ".join(choices)
             shown = format_text(value)
             problems.append(f"{flag(item.name)} '{shown}' is not one of {known}{nearest(str(value), choices)}")

@@ -109,7 +109,8 @@ def batches_of(options: RunOptions, model: str, config: Any) -> Batches:
         corpus = read_corpus(options, load_tokenizer(locate(model, weights=False)))
         schedule = make_schedule(options, corpus.train)
         longest = max(shape.tokens for shape in schedule.shapes)
-        words = f"{corpus.name}: {schedule.steps} steps of {options.batch_size} rows, at most {longest} tokens"
+        words = f"{corpus.name} ({corpus.format}, {corpus.layout}): {schedule.steps} steps of "
+        words += f"{options.batch_size} rows, at most {longest} tokens"
         return Batches(schedule, words, len(corpus.used_tokens))
     tokens = min(DEFAULT_TOKENS, options.max_length)
     shape = BatchShape(options.batch_size, tokens, min(DEFAULT_KEPT, tokens))

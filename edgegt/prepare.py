@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ from edgegt.architecture import positions_of
 from edgegt.budget import Need, Probes, check_memory, check_time, flops_budget, plan_probes, rows_that_fit
 from edgegt.cache import cache_dir
 from edgegt.cost import CostTable
+from edgegt.data import data_files
 from edgegt.device import Resolved
 from edgegt.errors import InputError
 from edgegt.host import Host, usable_cores
@@ -145,8 +146,8 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
     corpus = read_corpus(options, tokenizer)
     if options.max_length < given and corpus.reports[0].cut:
         log.fallback(f"the model knows {options.max_length} positions: rows are cut to that, not to {given}")
-    log.say(f"data: {corpus.name} ({corpus.format}), to train on {corpus.reports[0].line()}")
-    for line in corpus.bad_lines():
+    log.say(f"data: {corpus.name} ({corpus.format}, {corpus.layout}), to train on {corpus.reports[0].line()}")
+    for line in (*corpus.bad_lines(), *corpus.notes):
         log.fallback(line)
     log.say(f"held out: {corpus.reports[1].rows} rows, {len(corpus.held_out)} of them evaluated")
 
@@ -203,17 +204,25 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
 
 
 def data_digests(options: RunOptions) -> dict[str, str]:
-    """SHA-256 of the user's files, by option; of files that are there."""
+    """SHA-256 of the user's files, by option; of files that are there, and of a data folder's together."""
     found = {}
     for name in ("data", "eval_data", "device"):
         path = getattr(options, name)
-        if path is not None and Path(path).is_file() and (name != "device" or path.endswith(".toml")):
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while part := file.read(1 << 20):
-                    digest.update(part)
-            found[name] = digest.hexdigest()
+        if path is None or (name == "device" and not path.endswith(".toml")):
+            continue
+        files = data_files(Path(path)).all if name == "data" else (Path(path),)
+        if all(file.is_file() for file in files):
+            found[name] = _digest(files)
     return found
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def _check_unchanged(decided: Decisions, digests: dict[str, str], log: Log) -> None:

@@ -11,7 +11,8 @@ from edgegt import home
 from edgegt.errors import InputError
 from edgegt.folder import RunFolder
 from edgegt.log import Log
-from edgegt.options import RunOptions
+from edgegt.options import DATA_FORMATS, RunOptions
+from edgegt.units import format_text
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _loaded(name: str, patch: Path | None, options: RunOptions | None, separator
 
 def generate_text(run: str | None, model: str | None, patch: str | None, prompt: str, tokens: int) -> str:
     """The greedy answer to one prompt."""
-    from edgegt.data import Row, tokenize
+    from edgegt.data import BY_TEMPLATE, Row, Turn, tokenize
     from edgegt.evaluate import answer
 
     if tokens < 1:
@@ -78,20 +79,23 @@ def generate_text(run: str | None, model: str | None, patch: str | None, prompt:
     if subject.options is not None and subject.options.data is None:
         prompt = home.as_prompt(prompt)
     # The prompt as training saw it, with the separator before a completion; the completion itself is cut off again.
-    separator = "" if prompt[-1:].isspace() or not prompt else subject.separator
-    example = tokenize([Row(prompt + separator, " x", 1)], subject.tokenizer, 1 << 20)[0][0]
+    if subject.separator == BY_TEMPLATE:
+        row = Row.of_turns((Turn("user", prompt), Turn("assistant", "x")), 1)
+    else:
+        separator = "" if prompt[-1:].isspace() or not prompt else subject.separator
+        row = Row(prompt + separator, " x", 1)
+    example = tokenize([row], subject.tokenizer, 1 << 20)[0][0]
     return answer(subject.module, subject.tokenizer, [example.prompt], tokens, 1, subject.device)[0].strip()
 
 
 def _separator(options: RunOptions) -> str:
     """What stood between prompt and completion in the run's own data, for a run folder that does not say it."""
-    from edgegt.data import parse_columns, read_rows
+    from edgegt.job import read_sources
 
-    path = home.TRAIN if options.data is None else Path(options.data)
-    if not path.is_file():
+    data = str(home.TRAIN) if options.data is None else options.data
+    if not Path(data).exists():
         return "\n"
-    columns = parse_columns(options.columns) if options.columns else None
-    return read_rows(path, columns, options.skip_bad_rows).rows[0].separator
+    return read_sources(dataclasses.replace(options, data=data))[0].rows[0].separator
 
 
 def evaluate_subject(
@@ -102,10 +106,11 @@ def evaluate_subject(
     columns: str | None = None,
     max_length: int | None = None,
     skip_bad_rows: bool = False,
+    layout: str | None = None,
 ) -> dict[str, Any]:
     """Loss, perplexity, tokens and rows on --data, or on the rows that the run held out.
 
-    columns, max_length: how `data` is read; by default as the run read its own (a model alone: 512 tokens).
+    columns, layout, max_length: how `data` is read; by default as the run read its own (a model alone: 512 tokens).
     """
     from edgegt.architecture import positions_of
     from edgegt.data import parse_columns, read_rows, tokenize
@@ -114,19 +119,24 @@ def evaluate_subject(
 
     if data is None and run is None and model is not None:
         raise InputError("--model needs --data: give the file to evaluate on")
-    if data is None and (columns is not None or max_length is not None):
-        raise InputError("--columns and --max-length go with --data: held-out rows are read as the run read them")
+    if data is None and (columns is not None or layout is not None or max_length is not None):
+        raise InputError(
+            "--columns, --format and --max-length go with --data: held-out rows are read as the run read them"
+        )
     own = RunFolder(Path(run)).options() if run is not None else RunOptions()
     if max_length is not None and max_length < 8:
         raise InputError(f"--max-length {max_length} is out of range: give a number at least 8")
-    wanted = columns or own.columns
+    if layout is not None and layout not in DATA_FORMATS:
+        raise InputError(f"--format '{format_text(layout)}' is not one of {', '.join(DATA_FORMATS)}")
+    wanted = columns or (own.columns if layout is None else None)
+    layout = layout or (own.format if columns is None else None)
     skip = skip_bad_rows or own.skip_bad_rows
-    source = read_rows(Path(data), parse_columns(wanted) if wanted else None, skip) if data else None
+    source = read_rows(Path(data), parse_columns(wanted) if wanted else None, skip, layout) if data else None
     subject = load_subject(run, model, patch)
     if source is not None:
         most = dataclasses.replace(own, max_length=max_length or own.max_length)
         most = within_positions(most, positions_of(subject.module.config))
-        examples = tuple(tokenize(source.rows, subject.tokenizer, most.max_length)[0])
+        examples = tuple(tokenize(source.rows, subject.tokenizer, most.max_length, skip)[0])
     else:
         assert subject.options is not None
         examples = read_corpus(subject.options, subject.tokenizer).held_out

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "edgegt"
 LAYERS = {
     "command line": "cli __main__",
     "order": "run",
-    "stages": "calibrate full trainee recovery rounds held prepare use outlook doctor report",
+    "stages": "calibrate full trainee recovery rounds held prepare use outlook survey doctor report",
     "parts of a run": "train signals recompute evaluate keeper checkpoint selection importance patch speed budget job",
     "model and data": "model trace graph architecture attention fused head loss optimizer flops store source data quant"
     " native",

@@ -24,13 +24,15 @@ from runs import STORIES
 from tiny_models import FAMILIES, load, save_model
 
 SKIP = "or leave such rows out with --skip-bad-rows"
-NEITHER = "has neither 'prompt' and 'completion' nor 'text': it has"
+NEITHER = (
+    "has none of 'messages', 'conversations', 'prompt' and 'completion', 'instruction' and 'output', 'text': it has"
+)
 CLOSE, DELETE = "close every quote and double those inside", "correct or delete it"
 DEEP, LEARN = "brackets too deep to read", "give a file with text to learn"
 SIZE = "is not a size: write a positive number and a unit, such as 4GiB or 900MiB"
 LINES = 'write lines such as total = "8 GiB"'
-ROLES = "--columns prompt=NAME,completion=NAME or --columns text=NAME"
-SUFFIXES = "'.jsonl', '.json', '.csv', '.tsv', '.txt'"
+ROLES = "--columns prompt=NAME,completion=NAME, --columns text=NAME or --columns messages=NAME"
+SUFFIXES = "'.jsonl', '.json', '.csv', '.tsv', '.txt', '.parquet', '.arrow'"
 HEX = "0x" + "f" * 5000
 
 
@@ -82,7 +84,7 @@ DATA: list[tuple[str, str | bytes, str | None, str]] = [
      "'d.csv' has no column 'text' (did you mean 'te\\nxt'?): it has 'te\\nxt', 'n'; correct --columns"),
     ("d.csv", "mr," + "x" * 200_000 + "\na,b\n", None, f"'d.csv' {NEITHER} 'mr', '{'x' * 37}...'; use {ROLES}"),
     ("d.txt", "a", "text=b", "'d.txt' is plain text and has no columns: leave --columns out"),
-    ("d.parquet", "PAR1", None, f"'d.parquet' has the unknown format '.parquet': convert or rename to {SUFFIXES}"),
+    ("d.xlsx", "PK", None, f"'d.xlsx' has the unknown format '.xlsx': convert or rename to {SUFFIXES}"),
 ]  # fmt: skip
 
 

@@ -159,7 +159,7 @@ def test_model_and_data_go_together(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["rum"], "unknown command 'rum' (did you mean 'run'?); commands: run, plan, devices"),
+        (["rum"], "unknown command 'rum' (did you mean 'run'?); commands: run, plan, data, devices"),
         (["run", "--memmory", "4GiB"], "unknown option '--memmory' (did you mean '--memory'?)"),
         (["plan", "--batchsize", "4"], "unknown option '--batchsize' (did you mean '--batch-size'?)"),
         (["run", "--steps", "many"], "--steps"),

@@ -102,7 +102,9 @@ def test_columns_are_mapped() -> None:
 
 @pytest.mark.parametrize("text", ["", "mr", "prompt=mr", "prompt=a,prompt=b", "prompt=a,completion=", "promt=a,text=b"])
 def test_columns_that_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match="--columns prompt=NAME,completion=NAME or --columns text=NAME"):
+    with pytest.raises(
+        InputError, match="--columns prompt=NAME,completion=NAME, --columns text=NAME or --columns messages=NAME"
+    ):
         parse_columns(text)
 
 
@@ -119,7 +121,7 @@ def test_missing_file_and_folder_and_unknown_format(tmp_path: Path) -> None:
     assert "did you mean 'train.jsonl'" in refusal(tmp_path / "trian.jsonl")
     assert "does not exist" in refusal(tmp_path / "no" / "such.csv")
     assert "is a folder: give one file, '.jsonl'" in refusal(tmp_path)
-    assert "unknown format '.parquet'" in refusal(write(tmp_path, "d.parquet", "PAR1"))
+    assert "unknown format '.xlsx'" in refusal(write(tmp_path, "d.xlsx", "PK"))
 
 
 def test_malformed_json_names_row_column_and_excerpt(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_malformed_json_names_row_column_and_excerpt(tmp_path: Path) -> None:
         ("d.json", '"a"', None, "is not a list of objects"),
         ("d.jsonl", '{"text": ["a"]}', None, "row 1: field 'text' is a list, wanted text or a number"),
         ("d.jsonl", '{"text": "a"}\n{"txt": "a"}', None, "row 2 has no field 'text': it has 'txt'"),
-        ("d.csv", "mr,ref\na,b\n", None, "neither 'prompt' and 'completion' nor 'text': it has 'mr', 'ref'"),
+        ("d.csv", "mr,ref\na,b\n", None, "'instruction' and 'output', 'text': it has 'mr', 'ref'"),
         ("d.csv", "mr,ref\na,b\n", {"text": "reff"}, "no column 'reff' (did you mean 'ref'?): it has 'mr', 'ref'"),
         ("d.csv", "text,n\na,1\nb, c,2\n", None, "row 3 has 3 fields, the header has 2"),
         ("d.csv", 'text,n\na,1\n"b,2\n', None, "row 3: unexpected end of data: close every quote"),

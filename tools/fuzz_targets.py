@@ -161,6 +161,13 @@ def _kept(suffix: str) -> Callable[[Path], Call]:
     return prepare
 
 
+def _conversations() -> list[bytes]:
+    turns = [{"role": "user", "content": "hi"}, {"role": "model", "content": [{"type": "text", "text": "hello"}]}]
+    told = [{"from": "human", "value": "a quick brown fox"}, {"from": "gpt", "value": "jumps over"}]
+    rows = [{"messages": turns * 2}, {"conversations": told, "system": "Be brief."}]
+    return [b"\n".join([json.dumps(row).encode()] * 3) for row in rows]
+
+
 def _columns(folder: Path) -> Call:
     from edgegt.data.read import parse_columns, read_rows
 
@@ -344,6 +351,7 @@ TARGETS: dict[str, Target] = {
         Target("tsv", _table("\t"), _data(".tsv")),
         Target("text", _texts, _data(".txt")),
         Target("jsonl-kept", _lines, _kept(".jsonl")),
+        Target("turns-kept", _conversations, _kept(".jsonl")),
         Target("csv-kept", _table(","), _kept(".csv")),
         Target("columns", _column_texts, _columns),
         Target("profile", _profiles, _profile, 0.5),

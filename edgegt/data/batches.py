@@ -2,8 +2,9 @@
 
 With padding on the left all completions end in the last column, so `logits_to_keep=K` (transformers' own argument)
 makes the head run on the last K positions only. Position t predicts token t + 1: inputs are prompt + completion[:-1],
-and the last column of the logits belongs to the last completion token, EOS. Labels are made from the completions, never
-by comparing ids with the padding id, which is EOS for many models: EOS is always learned.
+and the last column of the logits belongs to the last completion token, EOS. Of a conversation the kept positions reach
+back to its first answer, with IGNORE between two answers. Labels are made from the completions, never by comparing ids
+with the padding id, which is EOS for many models: EOS is always learned.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from edgegt.cost import BatchShape
-from edgegt.data.tokens import Example
+from edgegt.data.tokens import IGNORE, Example
 from edgegt.errors import InputError
 
-IGNORE = -100
+__all__ = ["IGNORE", "Batch", "collate", "length_bucketed", "shape_of", "split_micro"]
 TOKENS_STEP = 8
 KEPT_STEP = 4
 WINDOW_BATCHES = 50
@@ -70,7 +71,7 @@ def shape_of(examples: Sequence[Example], max_length: int | None = None) -> Batc
     kept = max(len(example.targets) for example in examples)
     rounded = -(-longest // TOKENS_STEP) * TOKENS_STEP
     tokens = rounded if max_length is None else max(longest, min(rounded, max_length))
-    labelled = sum(len(example.targets) for example in examples)
+    labelled = sum(example.supervised for example in examples)
     return BatchShape(len(examples), tokens, min(-(-kept // KEPT_STEP) * KEPT_STEP, tokens), labelled)
 
 

@@ -1,92 +1,58 @@
-"""Rows of text from the user's file, and the part of them that is held out. Needs no torch.
+"""Rows of text from the user's files, and the part of them that is held out. Needs no torch.
 
-A row is a prompt and the completion to be learned. A file of any format becomes a stream of (number, record) pairs
-(see `formats`). Bad input stops here, in one line that names file, row and remedy, unless bad rows are to be left out:
-then they are listed. Rows without anything to learn are dropped and counted, never silently.
-
-Prompt and completion are joined as given. Only where both sides lack whitespace at the seam (table columns such as
-E2E's `mr` and `ref`) a newline goes between them, so that their words do not run together. `Row.prompt` stays the text
-as given; `Row.context` is what the model reads.
+A file of any format becomes a stream of (number, record) pairs (see `formats`), and these become rows by the fields
+they have (see `layouts`). Bad input stops here, in one line that names file, row and remedy, unless bad rows are to be
+left out: then they are listed. Rows without anything to learn are dropped and counted, never silently.
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
-from edgegt.data.formats import FORMATS, SKIP, SUFFIXES, Fault, Fields, Record, listed
-from edgegt.errors import InputError, nearest
+from edgegt.data import arrow, piqa
+from edgegt.data.fields import hint
+from edgegt.data.formats import FORMATS, SKIP, listed
+from edgegt.data.formats import SUFFIXES as TEXT_SUFFIXES
+from edgegt.data.layouts import COLUMN_EXAMPLE, LAYOUTS, Layout, rows_of
+from edgegt.data.rows import BadRow, Row, Source
+from edgegt.errors import InputError
 from edgegt.units import format_text
 
-COLUMN_EXAMPLE = "--columns prompt=NAME,completion=NAME or --columns text=NAME"
-_LONGEST_NAME = 100
-_MOST_NAMES = 1000
+SUFFIXES = {**TEXT_SUFFIXES, **arrow.SUFFIXES}
+_ROLES = ({"prompt", "completion"}, {"text"}, {"messages"})
 
 
-@dataclass(frozen=True)
-class Row:
-    """One example as given. number: 1-based line (JSONL, text), table row with the header as 1, or place in a list."""
+def read_rows(
+    path: Path, columns: dict[str, str] | None, skip_bad: bool = False, layout: str | None = None
+) -> Source:  # fmt: skip
+    """The rows of a JSONL, JSON, CSV, TSV, Parquet, Arrow or plain-text file.
 
-    prompt: str
-    completion: str
-    number: int
-
-    @property
-    def separator(self) -> str:
-        """A newline where prompt and completion would run together, else nothing."""
-        if not self.prompt or self.prompt[-1:].isspace() or self.completion[:1].isspace():
-            return ""
-        return "\n"
-
-    @property
-    def context(self) -> str:
-        """What the model reads before the completion: the prompt and the separator."""
-        return self.prompt + self.separator
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that was left out because it cannot be read. number: as in `Row`; reason: with little of the text."""
-
-    number: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """The rows of one file.
-
-    name: the file's name without its folder; dropped: number of rows without anything to learn, by reason; bad: the
-    rows that could not be read, in the file's order.
-    """
-
-    rows: tuple[Row, ...]
-    format: str
-    name: str
-    dropped: dict[str, int]
-    bad: tuple[BadRow, ...] = ()
-
-
-def read_rows(path: Path, columns: dict[str, str] | None, skip_bad: bool = False) -> Source:
-    """The rows of a JSONL, JSON, CSV, TSV or plain-text file.
-
-    columns: from `parse_columns`; None reads `prompt` and `completion`, or `text`. skip_bad: leave out and list rows
+    columns: from `parse_columns`; None takes the layout that fits, or the one named. skip_bad: leave out and list rows
     that cannot be read, where the rest of the file can.
     Raises: InputError naming file and row for anything that cannot be read, and for a file without a usable row.
     """
     format_name = _format_of(path)
-    if format_name == "text" and columns:
-        raise InputError(f"'{_shown(path)}' is plain text and has no columns: leave --columns out")
-    records = FORMATS[format_name](_decoded(path, skip_bad), path)
-    rows, dropped, bad = _rows_of(records, path, columns, skip_bad)
+    if columns and layout:
+        raise InputError(f"--columns and --format {layout} both say which fields to read: leave one of them out")
+    if format_name == "text" and (columns or layout not in (None, "text")):
+        said = "--columns" if columns else f"--format {layout}"
+        raise InputError(f"'{_shown(path)}' is plain text and has no columns: leave {said} out")
+    if format_name in arrow.SUFFIXES.values():
+        records = arrow.records_of(path, format_name)
+    else:
+        records = FORMATS[format_name](_decoded(path, skip_bad), path)
+    wanted = Layout("columns", columns) if columns else None
+    if layout == "piqa":
+        records = piqa.labelled(records, path)
+        wanted = LAYOUTS["prompt-completion"]
+    elif layout is not None:
+        wanted = LAYOUTS[layout]
+    rows, dropped, bad, name = rows_of(records, path, wanted, skip_bad)
     if not rows:
         counted = [f"{count} with {reason}" for reason, count in dropped.items()]
         if bad:
@@ -94,11 +60,25 @@ def read_rows(path: Path, columns: dict[str, str] | None, skip_bad: bool = False
             counted.append(f"{rest}{len(bad)} bad, such as row {bad[0].number}: {bad[0].reason}")
         found = " and ".join(counted) or "it is empty"
         raise InputError(f"'{_shown(path)}' has no usable row ({found}): give a file with text to learn")
-    return Source(tuple(rows), format_name, path.name, dropped, tuple(bad))
+    return Source(tuple(rows), format_name, path.name, dropped, tuple(bad), "piqa" if layout == "piqa" else name)
+
+
+def read_parts(
+    paths: Sequence[Path], columns: dict[str, str] | None, skip_bad: bool = False, layout: str | None = None
+) -> Source:  # fmt: skip
+    """The rows of the files of one split, in order. Row numbers count within each file."""
+    parts = [read_rows(path, columns, skip_bad, layout) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    rows = tuple(row for part in parts for row in part.rows)
+    bad: tuple[BadRow, ...] = tuple(row for part in parts for row in part.bad)
+    dropped = sum((Counter(part.dropped) for part in parts), Counter[str]())
+    name = f"{parts[0].name} and {len(parts) - 1} more"
+    return Source(rows, parts[0].format, name, dict(dropped), bad, parts[0].layout)
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """The mapping in 'prompt=mr,completion=ref' or 'text=body'.
+    """The mapping in 'prompt=mr,completion=ref', 'text=body' or 'messages=turns'; a name may be a dotted path.
 
     Raises: InputError for another shape or an unknown role.
     """
@@ -109,10 +89,10 @@ def parse_columns(text: str) -> dict[str, str]:
         if not equals or not column or role in columns:
             one = format_text(part.strip())
             raise InputError(f"--columns '{shown}': '{one}' is not one ROLE=NAME; write {COLUMN_EXAMPLE}")
-        if role not in ("prompt", "completion", "text"):
+        if not any(role in roles for roles in _ROLES):
             raise InputError(f"--columns '{shown}': unknown role '{format_text(role)}'; write {COLUMN_EXAMPLE}")
         columns[role] = column
-    if set(columns) not in ({"prompt", "completion"}, {"text"}):
+    if set(columns) not in _ROLES:
         raise InputError(f"--columns '{shown}' names only {listed(columns)}; write {COLUMN_EXAMPLE}")
     return columns
 
@@ -120,12 +100,12 @@ def parse_columns(text: str) -> dict[str, str]:
 def split_rows(rows: Sequence[Row], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out; equal prompts (but for case and spaces) stay on one side.
 
-    Seed and key (the prompt, or the completion where that is empty) decide, so that adding rows moves no others.
+    Seed and key (what is asked, or the completion where that is empty) decide, so that adding rows moves no others.
     Raises: InputError when the fraction is not between 0 and 1, or with fewer than the two keys that two sides need.
     """
     if not 0 < eval_fraction < 1:
         raise InputError(f"--eval-fraction {eval_fraction:g} is not between 0 and 1: write 0.1 to hold out a tenth")
-    places = {key: _place(key, seed) for key in map(_key, rows)}
+    places = {key: _place(key, seed) for key in {row.key for row in rows}}
     if len(places) < 2:
         found = f"{len(rows)} row(s) with {len(places)} distinct prompt(s)"
         remedy = "give --eval-data FILE, or more rows (plain text: put a blank line between texts)"
@@ -134,12 +114,8 @@ def split_rows(rows: Sequence[Row], eval_fraction: float, seed: int) -> tuple[li
     held_out = {key for key in ordered if places[key] < eval_fraction} or {ordered[0]}
     if len(held_out) == len(ordered):
         held_out.discard(ordered[-1])
-    train = [row for row in rows if _key(row) not in held_out]
-    return train, [row for row in rows if _key(row) in held_out]
-
-
-def _key(row: Row) -> str:
-    return " ".join(row.prompt.split()).casefold() or " ".join(row.completion.split()).casefold()
+    train = [row for row in rows if row.key not in held_out]
+    return train, [row for row in rows if row.key in held_out]
 
 
 def _place(key: str, seed: int) -> float:
@@ -152,8 +128,8 @@ def _format_of(path: Path) -> str:
     if os.path.isdir(path):
         raise InputError(f"data '{shown}' is a folder: give one file, {listed(SUFFIXES)}")
     if not os.path.exists(path):
-        hint = _hint(path.name, _siblings(path))
-        raise InputError(f"data file '{shown}' does not exist{hint}: check the path of --data")
+        near = hint(path.name, _siblings(path))
+        raise InputError(f"data file '{shown}' does not exist{near}: check the path of --data")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"'{shown}' has the unknown format '{format_text(suffix)}': convert or rename to "
@@ -190,95 +166,6 @@ def _decoded(path: Path, skip_bad: bool) -> str:
         name, remedy = ("UTF-16", "") if wide else ("UTF-8", f", {SKIP}")
         fault = f"byte {at} (0x{raw[at]:02x}) is not valid {name}"
         raise InputError(f"{where}: {fault}: save the file as UTF-8{remedy}") from error
-
-
-def _rows_of(
-    records: Iterable[Record], path: Path, columns: dict[str, str] | None, skip_bad: bool
-) -> tuple[list[Row], dict[str, int], list[BadRow]]:
-    """Rows, how many were dropped for which reason, and bad rows. The first row that has them decides the columns."""
-    rows: list[Row] = []
-    bad: list[BadRow] = []
-    dropped: Counter[str] = Counter()
-    roles: Mapping[str, str] | None = None
-    unfit: Fields | None = None
-    for number, record in records:
-        found: Row | Fault
-        if isinstance(record, Fault):
-            found = record
-        elif (roles := roles or _roles(record, columns)) is not None:
-            found = _row(record, roles, number)
-        elif skip_bad:
-            unfit = record if unfit is None else unfit
-            found = Fault("without the columns", "")
-        else:
-            raise _lacking(record, path, columns)
-        if isinstance(found, Fault):
-            if not skip_bad:
-                raise found.error(path, number)
-            bad.append(BadRow(number, found.reason))
-        elif skip_bad and re.search("[\udc80-\udcff]", found.prompt + found.completion):
-            bad.append(BadRow(number, "bytes that are not UTF-8"))
-        elif not found.completion.strip():
-            dropped[f"empty {'completion' if roles is None or 'text' not in roles else 'text'}"] += 1
-        elif re.search("[\ud800-\udfff]", found.prompt + found.completion):
-            dropped["half a surrogate pair (broken Unicode)"] += 1
-        else:
-            rows.append(found)
-    if roles is None and unfit is not None:
-        raise _lacking(unfit, path, columns)
-    return rows, dict(dropped), bad
-
-
-def _row(record: Fields, roles: Mapping[str, str], number: int) -> Row | Fault:
-    values: dict[str, str] = {}
-    for role, field in roles.items():
-        value = _value(record, field)
-        if isinstance(value, Fault):
-            return value
-        values[role] = value
-    return Row(values.get("prompt", ""), values["text" if "text" in roles else "completion"], number)
-
-
-def _roles(record: Fields, columns: dict[str, str] | None) -> Mapping[str, str] | None:
-    """Which field of the record plays which role; None where it lacks them."""
-    if columns:
-        return columns if all(name in record for name in columns.values()) else None
-    for roles in (("prompt", "completion"), ("text",)):
-        if all(role in record for role in roles):
-            return {role: role for role in roles}
-    return None
-
-
-def _lacking(record: Fields, path: Path, columns: dict[str, str] | None) -> InputError:
-    for name in (columns or {}).values():
-        if name not in record:
-            has = f"it has {listed(record)}; correct --columns"
-            return InputError(f"'{_shown(path)}' has no column '{format_text(name)}'{_hint(name, record)}: {has}")
-    found = f"it has {listed(record)}; use {COLUMN_EXAMPLE}"
-    return InputError(f"'{_shown(path)}' has neither 'prompt' and 'completion' nor 'text': {found}")
-
-
-def _value(record: Fields, field: str) -> str | Fault:
-    """The text of a field; null is empty, numbers become text."""
-    short = format_text(field, 20)
-    if field not in record:
-        reason = f"no field '{short}'"
-        return Fault(reason, f" has {reason}: it has {listed(record)}; add it or delete the row")
-    value = record[field]
-    if value is None:
-        return ""
-    if not isinstance(value, (list, dict)):
-        return value if isinstance(value, str) else json.dumps(value)
-    reason = f"field '{short}' is {'a list' if isinstance(value, list) else 'an object'}"
-    return Fault(reason, f": {reason}, wanted text or a number: join it to one text first")
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    """`nearest` among names that a person could have mistyped: comparing long ones takes time with their square."""
-    if len(name) > _LONGEST_NAME:
-        return ""
-    short = (one for one in islice(known, _MOST_NAMES) if len(one) <= _LONGEST_NAME)
-    return format_text(nearest(name, short), None)
 
 
 def _shown(path: Path) -> str:

@@ -5,6 +5,9 @@ the completion begins, and because at inference the prompt is tokenised alone: t
 both. The price is sentencepiece's dummy space: such a tokenizer begins every text with a space that is not there, and
 would put one between the two halves. Completions are then tokenised behind an anchor character whose ids are cut off
 again, so that decoding the concatenation gives the concatenated text (tested on three tokenizers).
+
+A conversation is tokenised likewise, piece by piece (see `chat`). Its completion begins with the first answer and ends
+with the last; the gaps in between are read and not learned.
 """
 
 from __future__ import annotations
@@ -14,10 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from edgegt.data.read import Row
+from edgegt.data.chat import ChatTemplate, Piece, Refused
+from edgegt.data.formats import SKIP
+from edgegt.data.rows import Row
 from edgegt.errors import InputError
 
+IGNORE = -100
 KEPT_PROMPT = 16
+_REFUSED = "refused by the chat template"
 ANCHORS = ("", "\n", "\x01", "=")
 Ids = tuple[int, ...]
 
@@ -35,11 +42,15 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """One row, or one piece of a long text, as ids: the prompt from BOS on, the completion to EOS unless it was cut."""
+    """One row, or one piece of a long text, as ids: the prompt from BOS on, the completion to EOS unless it was cut.
+
+    gaps: ranges (first, end) of the completion that are read and not learned: what stands between two answers.
+    """
 
     prompt: Ids
     completion: Ids
     row: Row
+    gaps: tuple[tuple[int, int], ...] = ()
 
     @property
     def inputs(self) -> Ids:
@@ -48,13 +59,27 @@ class Example:
 
     @property
     def targets(self) -> Ids:
-        """What is learned, predicted at the last `len(targets)` inputs: nothing predicts a text's very first token."""
-        return self.completion if self.prompt else self.completion[1:]
+        """What is learned, predicted at the last `len(targets)` inputs, IGNORE in gaps.
+
+        Nothing predicts a text's very first token.
+        """
+        found = self.completion
+        for first, end in self.gaps:
+            found = found[:first] + (IGNORE,) * (end - first) + found[end:]
+        return found if self.prompt else found[1:]
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens are learned."""
+        return len(self.completion) - sum(end - first for first, end in self.gaps) - (not self.prompt)
 
 
 @dataclass(frozen=True)
 class TokenReport:
-    """What became of the rows. cut: rows that lost tokens; longest, mean_tokens: inputs per example."""
+    """What became of the rows. cut: rows that lost tokens; longest, mean_tokens: inputs per example.
+
+    notes: what was done otherwise than the data say.
+    """
 
     rows: int
     kept: int
@@ -64,6 +89,7 @@ class TokenReport:
     longest: int
     mean_tokens: float
     examples: int
+    notes: tuple[str, ...] = ()
 
     def line(self) -> str:
         """'4672 rows: 4670 kept, 12 of them cut, 2 dropped (no supervised token 2); 120,000 supervised tokens, ...'."""
@@ -75,11 +101,13 @@ class TokenReport:
         return f"{rows}; {self.supervised_tokens:,} supervised tokens; {lengths}"
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], TokenReport]:
+def tokenize(
+    rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, skip_bad: bool = False
+) -> tuple[list[Example], TokenReport]:
     """Examples of at most `max_length` inputs, in the order of the rows.
 
     Too long: the prompt loses its left (BOS and the last 16 tokens stay), then the completion its right and EOS; text
-    without a prompt becomes consecutive pieces instead.
+    without a prompt becomes consecutive pieces instead. skip_bad: drop conversations that the chat template refuses.
     Raises: InputError when nothing is left to learn, or the tokenizer has no end-of-text token.
     """
     if max_length < 2:
@@ -87,39 +115,52 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tupl
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token: set eos_token in the model's tokenizer_config.json")
     lead: Ids = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    examples: list[Example] = []
     dropped: Counter[str] = Counter()
-    cut = kept = 0
-    for row, body, learned in _encoded(rows, tokenizer):
-        # a text that spells out BOS or EOS itself does not get a second one
-        prompt = body if lead and body[:1] == lead else lead + body
-        completion = learned if learned[-1:] == (tokenizer.eos_token_id,) else (*learned, tokenizer.eos_token_id)
-        if len(completion) == 1:
+    notes: dict[str, int] = {}
+    examples: list[Example] = []
+    kept: set[int] = set()
+    cut: set[int] = set()
+    for place, whole in _encoded(rows, tokenizer, lead, skip_bad, dropped, notes):
+        if len(whole.completion) == 1:
             dropped["no supervised token"] += 1
             continue
-        kept += 1
-        if row.prompt:
-            example = _shortened(row, prompt, completion, len(lead), max_length)
-            cut += len(example.prompt + example.completion) < len(prompt + completion)
-            examples.append(example)
+        kept.add(place)
+        if whole.row.prompt or whole.row.turns:
+            first = len(lead) if whole.prompt[: len(lead)] == lead else 0
+            examples.append(_shortened(whole, first, max_length))
+            if len(examples[-1].inputs) < len(whole.inputs):
+                cut.add(place)
         else:
-            examples += _pieces(row, lead, completion, max_length)
+            examples += _pieces(whole.row, lead, whole.completion, max_length)
+    if not examples and dropped[_REFUSED]:
+        raise InputError(f"the model's chat template refuses all of {len(rows)} conversation(s): use another --format")
     if not examples:
         raise InputError(f"no supervised token in {len(rows)} row(s): give completions with text the tokenizer knows")
     lengths = [len(example.inputs) for example in examples]
-    supervised = sum(len(example.targets) for example in examples)
+    supervised = sum(example.supervised for example in examples)
     mean = sum(lengths) / len(lengths)
-    report = TokenReport(len(rows), kept, cut, dict(dropped), supervised, max(lengths), mean, len(examples))
+    said = tuple(f"{note} ({count} of {len(rows)} rows)" if count else note for note, count in notes.items())
+    report = TokenReport(
+        len(rows), len(kept), len(cut), dict(dropped), supervised, max(lengths), mean, len(examples), said
+    )
     return examples, report
 
 
-def _shortened(row: Row, prompt: Ids, completion: Ids, lead: int, max_length: int) -> Example:
-    """The row within `max_length` inputs. lead: how many ids of the prompt are BOS, which always stays."""
+def _shortened(whole: Example, lead: int, max_length: int) -> Example:
+    """The row within `max_length` inputs. lead: how many ids of the prompt are BOS, which always stays.
+
+    A conversation's prompt makes room for the first answer only: its later turns go before its beginning does.
+    """
     room = max_length + 1 - lead
-    body = prompt[lead:]
+    body = whole.prompt[lead:]
     least = min(KEPT_PROMPT, len(body), room // 2)
-    body = body[len(body) - max(least, min(len(body), room - len(completion))) :]
-    return Example(prompt[:lead] + body, completion[: room - len(body)], row)
+    wanted = whole.gaps[0][0] if whole.gaps else len(whole.completion)
+    body = body[len(body) - max(least, min(len(body), room - wanted)) :]
+    end = min(len(whole.completion), room - len(body))
+    gaps = tuple(gap for gap in whole.gaps if gap[1] < end)
+    if len(gaps) < len(whole.gaps):
+        end = min(end, whole.gaps[len(gaps)][0])  # what would end in a gap ends with the answer before it
+    return Example(whole.prompt[:lead] + body, whole.completion[:end], whole.row, gaps)
 
 
 def _pieces(row: Row, lead: Ids, ids: Ids, max_length: int) -> Iterator[Example]:
@@ -131,13 +172,71 @@ def _pieces(row: Row, lead: Ids, ids: Ids, max_length: int) -> Iterator[Example]
         prompt, at = (*lead, ids[min(end, len(ids)) - 1]), end
 
 
-def _encoded(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[tuple[Row, Ids, Ids]]:
-    """Every row with the ids of its prompt and of its completion, without BOS and EOS."""
+def _encoded(
+    rows: Sequence[Row], tokenizer: Tokenizer, lead: Ids, skip_bad: bool, dropped: Counter[str], notes: dict[str, int]
+) -> Iterator[tuple[int, Example]]:  # fmt: skip
+    """Every row by its place, whole, with BOS and EOS; a conversation may come as several examples.
+
+    A text that spells out BOS or EOS itself does not get a second one.
+    """
+    texts = _texts([row for row in rows if not row.turns], tokenizer)
+    chats: Iterator[tuple[int, Example]] = iter(())
+    if any(row.turns for row in rows):
+        template = ChatTemplate(tokenizer)
+        planned = _planned(rows, template, skip_bad, dropped)
+        notes.update(template.notes)
+        chats = _conversations(rows, tokenizer, planned, () if template.own else lead)
+    yield from chats
+    for place, row in enumerate(rows):
+        if not row.turns:
+            body, learned = next(texts)
+            prompt = body if lead and body[:1] == lead else lead + body
+            yield place, Example(prompt, _ended(learned, tokenizer), row)
+
+
+def _ended(ids: Ids, tokenizer: Tokenizer) -> Ids:
+    return ids if ids[-1:] == (tokenizer.eos_token_id,) else (*ids, tokenizer.eos_token_id)
+
+
+def _planned(
+    rows: Sequence[Row], template: ChatTemplate, skip_bad: bool, dropped: Counter[str]
+) -> list[tuple[int, tuple[Piece, ...]]]:  # fmt: skip
+    """The examples of every conversation in pieces of text, each with the place of its row."""
+    planned: list[tuple[int, tuple[Piece, ...]]] = []
+    for place, row in enumerate(rows):
+        try:
+            planned += [(place, pieces) for pieces in template.examples(row)] if row.turns else []
+        except Refused as error:
+            if not skip_bad:
+                raise InputError(f"row {row.number}: {error}, {SKIP}") from error
+            dropped[_REFUSED] += 1
+    return planned
+
+
+def _conversations(
+    rows: Sequence[Row], tokenizer: Tokenizer, planned: Sequence[tuple[int, tuple[Piece, ...]]], lead: Ids
+) -> Iterator[tuple[int, Example]]:  # fmt: skip
+    heads = iter(_encode(tokenizer, [pieces[0].text for _, pieces in planned]))
+    later = iter(_continue(tokenizer, [piece.text for _, pieces in planned for piece in pieces[1:]]))
+    for place, pieces in planned:
+        prompt = lead + next(heads)
+        ids: Ids = ()
+        gaps: list[tuple[int, int]] = []
+        for piece in pieces[1:]:
+            found = next(later)
+            if found and not piece.learned:
+                gaps.append((len(ids), len(ids) + len(found)))
+            ids += found
+        yield place, Example(prompt, _ended(ids, tokenizer), rows[place], tuple(gaps))
+
+
+def _texts(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Ids]]:
+    """Of every row the ids of its prompt and of its completion, without BOS and EOS."""
     prompts = iter(_encode(tokenizer, [row.context for row in rows if row.prompt]))
     after = iter(_continue(tokenizer, [row.completion for row in rows if row.prompt]))
     alone = iter(_encode(tokenizer, [row.completion for row in rows if not row.prompt]))
     for row in rows:
-        yield (row, next(prompts), next(after)) if row.prompt else (row, (), next(alone))
+        yield (next(prompts), next(after)) if row.prompt else ((), next(alone))
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
