@@ -32,12 +32,12 @@ def test_kills_are_counted_by_what_they_hit() -> None:
     kill = tool("reliability_kill")
     found = [
         kill.Kill("training", 7, 5, True), kill.Kill("training", 9, None, False, "patch differ"),
-        kill.Kill("exporting", 240, 240, True),
+        kill.Kill("exporting", 240, 240, True), kill.Kill("exporting", 240, None, True),
     ]  # fmt: skip
     lines = kill.table(found).splitlines()
-    assert "| training | 2 | 1 | 1 | 1 |" in lines
-    assert "| exporting | 1 | 1 | 0 | 1 |" in lines
-    assert lines[-1].startswith("| all | 3 |") and lines[-1].endswith("| 2 |")
+    assert "| training | 2 | 1 | 1 | 0 | 1 |" in lines
+    assert "| exporting | 2 | 1 | 0 | 1 | 2 |" in lines
+    assert lines[-1] == "| all | 4 | 2 | 1 | 1 | 3 |"
 
 
 def test_a_disk_is_full_from_a_write_on(tmp_path: Path) -> None:

@@ -135,13 +135,14 @@ _MOMENTS = {
 def table(found: list[Kill]) -> str:
     """Markdown: what was aimed at, how often, and how many ended with the same bits."""
     lines = [
-        "| killed while | runs | resumed from a checkpoint | started over | the same bits |",
-        "|---|---|---|---|---|",
+        "| killed while | runs | resumed from a checkpoint | started over | had ended | the same bits |",
+        "|---|---|---|---|---|---|",
     ]
-    for phase in _MOMENTS:
-        mine = [kill for kill in found if kill.phase == phase]
+    for phase in (*_MOMENTS, "all"):
+        mine = [kill for kill in found if phase in ("all", kill.phase)]
         if mine:
             resumed = sum(kill.resumed is not None for kill in mine)
-            same = sum(kill.same for kill in mine)
-            lines.append(f"| {phase} | {len(mine)} | {resumed} | {len(mine) - resumed} | {same} |")
-    return "\n".join([*lines, f"| all | {len(found)} | | | {sum(kill.same for kill in found)} |"])
+            ended = sum(kill.resumed is None and kill.after_step == STEPS for kill in mine)
+            over, same = len(mine) - resumed - ended, sum(kill.same for kill in mine)
+            lines.append(f"| {phase} | {len(mine)} | {resumed} | {over} | {ended} | {same} |")
+    return "\n".join(lines)
