@@ -98,7 +98,7 @@ def test_a_full_run_is_evaluated_and_asked_like_any_other(
     (folder / "options.json").write_text(json.dumps({**options, "of_another_version": 1}))
     assert main(["generate", str(folder), "name[Alimentum]", "--tokens", "4"]) == 0
     assert main(["eval", str(folder), "--max-length", "64"]) == 2
-    assert "--columns and --max-length go with --data" in capsys.readouterr().err
+    assert "--columns, --format and --max-length go with --data" in capsys.readouterr().err
     (folder / "run.json").write_text("{}")
     assert main(["eval", str(folder)]) == 2
     assert "run.json is damaged (no 'model')" in capsys.readouterr().err

@@ -175,7 +175,8 @@ def resume_costs(times: int, model: str, say: Callable[[str], None]) -> list[Cos
     folder = scratch("cost")
     cache, rows = folder / "cache", some_rows(folder)
     more = ("--steps", "60", "--checkpoint-every", "5", "--no-examples", "--quiet", "--round-epochs", "100")
-    finish(words(folder / "warm", rows, *more, model=model), cache, folder / "warm.err")
+    for name in ("cold", "warm"):  # the first one compiles kernels, which takes more
+        finish(words(folder / name, rows, *more, model=model), cache, folder / f"{name}.err")
     fresh_bytes = json.loads((folder / "warm" / "run.json").read_text(encoding="utf-8"))["measured"]["peak_bytes"]
     costs = []
     for number in range(times):
