@@ -75,11 +75,11 @@ def _number_and_unit(text: str) -> tuple[float, str]:
 def format_text(text: object, most: int | None = 60) -> str:
     """A text of the user for a message: on one line, what cannot be printed escaped, at most `most` characters."""
     words = str(text)
-    if most is not None and len(words) > most:
-        words = words[: most - 3] + "..."
-    if words.isprintable():
-        return words
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in words)
+    most = len(words) * 10 if most is None else most  # an escape has ten characters at most
+    shown = words[: most + 1]
+    if not shown.isprintable():
+        shown = "".join(one if one.isprintable() else repr(one)[1:-1] for one in shown)
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
 def format_energy(joules: float) -> str:

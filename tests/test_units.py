@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgegt.errors import InputError
-from edgegt.units import GIB, MIB, format_bytes, format_duration, format_flops, parse_bytes
+from edgegt.units import GIB, MIB, format_bytes, format_duration, format_flops, format_text, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,11 @@ def test_flops_have_three_digits() -> None:
 )  # fmt: skip
 def test_durations_are_shown_in_two_units_at_most(seconds: float, expected: str) -> None:
     assert format_duration(seconds) == expected
+
+
+@pytest.mark.parametrize("text", ["x" * 30, "\udcd1" * 14 + "user", "\U000e0001" * 9, "a\nb" * 9])
+def test_a_text_in_a_message_is_printable_and_no_longer_than_allowed(text: str) -> None:
+    for most in (8, 20, 60):
+        shown = format_text(text, most)
+        assert shown.isprintable() and len(shown) <= most
+    assert len(format_text(text, None)) >= len(text)
