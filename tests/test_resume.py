@@ -547,7 +547,9 @@ def test_a_peak_that_was_predicted_too_low_is_made_up_for_once(
     more = {**WIDE, "memory": f"{budget >> 20}MiB"}
     run(options(rows, out, **more), QUIET, machine=Room(lambda: 8 << 30).machine())
     events = [event for event in read_lines(out / "events.jsonl") if event["kind"] == "memory"]
-    assert len(events) <= 1
+    assert len(events) <= 3  # a little more may be missing with another micro-batch
+    last = max(out.glob("plan-*.json"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    assert runs.read(out, last.name)["selected"] == plan["selected"]
     assert runs.read(out, "run.json")["budget"]["lowered_to_bytes"] is None
     assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == list(range(1, 13))
 
