@@ -52,12 +52,11 @@ if TYPE_CHECKING:
 class Decisions:
     """What depends on a clock or on free memory, or must not change: decided once, before the first step.
 
-    data: SHA-256 of each data file. lines: what was said when the kernels were chosen.
+    data: SHA-256 of each data file.
     """
 
     version: str
     backend: str
-    lines: tuple[str, ...]
     threads: int
     eight_bit: bool
     rates: dict[str, float]
@@ -72,7 +71,7 @@ class Decisions:
     def from_json(cls, tree: Mapping[str, Any]) -> Decisions:
         """The decisions that `asdict` gave, after JSON too. Raises: InputError for those of another version."""
         try:
-            return cls(**{**tree, "lines": tuple(tree["lines"])})
+            return cls(**tree)
         except (TypeError, KeyError) as error:
             raise InputError(
                 f"the run was begun by another version of edgegt ({error}): go on with that one, or begin a new run"
@@ -192,7 +191,7 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
         flops = flops_budget(rho, options, need, schedule, probes)
         check_memory(memory_bytes, options, need, schedule)
     decisions = decided or Decisions(
-        __version__, kernels.backend.name, kernels.lines, torch_threads(), eight_bit, asdict(rates),
+        __version__, kernels.backend.name, torch_threads(), eight_bit, asdict(rates),
         need.floor_bytes, need.prepared_bytes, memory_bytes, rho, seconds, digests,
     )  # fmt: skip
     setup = Setup(

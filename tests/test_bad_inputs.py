@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_data_that_is_no_file() -> None:
         "x" * 5000 + ".csv": f"data file '{'x' * 5000}.csv' {gone.format('')}",
         "pipe.jsonl": "'pipe.jsonl' is not a regular file: copy what it gives into one",
     }.items():
-        assert refusal(lambda name=name: read_rows(Path(name), None)) == line  # type: ignore[misc]
+        assert refusal(partial(read_rows, Path(name), None)) == line
 
 
 @pytest.mark.parametrize(
@@ -292,7 +293,7 @@ def test_what_is_not_a_patch() -> None:
     assert refusal(lambda: read_patch(Path("p"))) == line
     for name, shown in ((".", "."), ("n\0o\n", "n\\x00o\\n")):
         line = f"patch '{shown}' does not exist: give the patch.safetensors of a run folder"
-        assert refusal(lambda name=name: read_patch(Path(name))) == line  # type: ignore[misc]
+        assert refusal(partial(read_patch, Path(name))) == line
 
 
 def test_a_patch_that_does_not_fit_touches_neither_the_model_nor_any_file(here: Path) -> None:

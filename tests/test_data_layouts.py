@@ -19,6 +19,7 @@ from edgegt.evaluate import exact_match
 from edgegt.job import read_corpus, read_sources
 from edgegt.options import RunOptions
 from edgegt.prepare import data_digests
+from letters import Letters
 
 
 def lines(path: Path, rows: list[Any]) -> Path:
@@ -240,18 +241,6 @@ def test_folders_in_which_nothing_is_the_training_file(names: list[str], tmp_pat
         (tmp_path / "other" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "other" / name).write_text("")
     assert "has no one held-out file, it has" in refusal(lambda: data_files(tmp_path / "other"))
-
-
-class Letters:
-    """A tokenizer of one id per character."""
-
-    bos_token_id, eos_token_id = None, 0
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[ord(one) for one in words] for words in text]}
-
-    def decode(self, token_ids: list[int]) -> str:
-        return "".join(map(chr, token_ids))
 
 
 def test_a_run_holds_out_the_folder_s_own_rows_and_knows_when_they_change(tmp_path: Path) -> None:

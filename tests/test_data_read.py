@@ -15,6 +15,7 @@ from edgegt.data.read import BadRow, Row, parse_columns, read_rows, split_rows
 from edgegt.errors import InputError
 from edgegt.job import read_corpus
 from edgegt.options import RunOptions
+from letters import Letters
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PAIRS = [('say, "hi"', "hi\nthere"), ("Straße", " ⟨ok⟩ "), ("3", "4")]
@@ -194,18 +195,6 @@ def test_reasons_hold_next_to_nothing_of_the_text(tmp_path: Path) -> None:
     path = write(tmp_path, "d.jsonl", "\n".join(map(json.dumps, rows)) + f'\n{{"text": "{secret}')
     source = read_rows(path, None, skip_bad=True)
     assert len(source.bad) == 5 and not any(secret[:21] in one.reason for one in source.bad)
-
-
-class Letters:
-    """A tokenizer of one id per character."""
-
-    bos_token_id, eos_token_id = None, 0
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[ord(one) for one in words] for words in text]}
-
-    def decode(self, token_ids: list[int]) -> str:
-        return "".join(map(chr, token_ids))
 
 
 def test_a_run_lists_the_bad_rows_of_both_files(tmp_path: Path) -> None:

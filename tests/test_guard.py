@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import pytest
 
@@ -32,7 +33,7 @@ def guarded(world: World, budget: int = GIB) -> MemoryGuard:
         peak = staticmethod(lambda: world.top)
         restart_peak = staticmethod(world.restart_peak)
 
-    return MemoryGuard(Watch(), budget, lambda: world.left, lambda: world.now)  # type: ignore[arg-type]
+    return MemoryGuard(cast(MemoryWatch, Watch()), budget, lambda: world.left, lambda: world.now)
 
 
 def test_with_enough_memory_nothing_happens() -> None:

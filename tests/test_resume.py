@@ -173,12 +173,14 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n")
 
 
-def test_a_run_without_a_checkpoint_starts_over(rows: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_starts_over(
+    rows: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = broken_off(tmp_path / "run", rows, 7)
     shutil.rmtree(folder / "checkpoint")
     log = Log(quiet=True)
     said: list[str] = []
-    log.say = said.append  # type: ignore[method-assign]
+    monkeypatch.setattr(log, "say", said.append)
     resume(folder, log)
     assert f"'{folder}' has no checkpoint: the run starts over" in said
     assert essence(folder) == essence(whole)

@@ -164,7 +164,9 @@ def test_a_dropped_step_is_passed_over_and_the_others_are_made(folder: Path) -> 
 
 
 @pytest.mark.parametrize("updated", [0, 1])
-def test_a_step_without_memory_is_not_made_and_says_whether_it_is_torn(updated: int, folder: Path) -> None:
+def test_a_step_without_memory_is_not_made_and_says_whether_it_is_torn(
+    updated: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run(folder, [UP, HEAD])
     step, seen = run.trainables.step, []
 
@@ -174,7 +176,7 @@ def test_a_step_without_memory_is_not_made_and_says_whether_it_is_torn(updated: 
         seen.append(name)
         step(name, gradient, lr)
 
-    run.trainables.step = failing  # type: ignore[method-assign]
+    monkeypatch.setattr(run.trainables, "step", failing)
     with pytest.raises(NoRoom, match="can't allocate memory: you tried") as failed:
         run.train([batch_of(4)], 4)
     assert (failed.value.torn, run.progress.step, len(seen)) == (True, 0, updated)
