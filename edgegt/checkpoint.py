@@ -95,7 +95,8 @@ class Checkpoints:
                     self._left.clear()
                     self._changed.notify_all()
 
-        thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        # Not a daemon: a process that ends while it writes waits for the file, instead of ending inside of torch.
+        thread = threading.Thread(target=write, name="checkpoint")
         try:
             thread.start()
         except RuntimeError:  # no thread can be had: the training waits instead

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,20 @@ def test_an_update_waits_until_its_tensor_is_written(folder: Path, monkeypatch: 
     again = fresh(folder, *WAYS[2])
     put_back(again, checkpoints)
     same(before, everything(again))
+
+
+def test_a_process_that_ends_meanwhile_ends_well_and_its_checkpoint_is_whole(tmp_path: Path) -> None:
+    script = f"""
+import time, torch
+from pathlib import Path
+from edgegt.checkpoint import Checkpoints
+checkpoints = Checkpoints(Path({str(tmp_path)!r}), lambda: time.sleep(0.5))
+checkpoints.begin(7, {{"resting": {{}}}}, {{"a": {{"master": torch.ones(1000, 1000)}}}})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    saved = Checkpoints(tmp_path).newest(pytest.fail)
+    assert saved is not None and saved.state["step"] == 7
 
 
 def some_checkpoints(folder: Path, count: int) -> Checkpoints:

@@ -153,8 +153,8 @@ class FloatTwin:
         from edgegt.optimizer import AdamW
         from edgegt.run import keeper_of
 
-        keeper = keeper_of(setup, folder, log)
-        trainee, self.metrics = FloatTrainee(setup, log, keeper), keeper.metrics
+        self.keeper = keeper_of(setup, folder, log)
+        trainee = FloatTrainee(setup, log, self.keeper)
         self.setup, self.log, self.plans = setup, log, read_plans(plans)
         self.module, self.meter, self.progress = trainee.module, trainee.meter, trainee.progress
         head, layer = head_name(self.module), self.module.get_output_embeddings()
@@ -190,7 +190,7 @@ class FloatTwin:
             ]
             parts = Parts(self.module, setup.device, live, self._step, lambda: None, self.meter, setup.watch)
             fused = all(batch.shape.rows <= plan["micro_batch"] for _, batch in batches)
-            train_round(parts, recipe, batches, plan["micro_batch"], index, self.progress, self.metrics,
+            train_round(parts, recipe, batches, plan["micro_batch"], index, self.progress, self.keeper.metrics,
                         self.log.step, fused)  # fmt: skip
 
     def _step(self, name: str, gradient: Any, lr: float) -> None:
@@ -218,6 +218,7 @@ def work(task: Task) -> Result:
         trainee = trainee_of(setup, log, keeper_of(setup, folder, log))
     log.begin(setup, trainee)
     trainee.train()
+    trainee.keeper.close()
     plans = read_plans(Path(task.plans or task.folder))
     return Result(
         name=task.name,
