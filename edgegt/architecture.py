@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from edgegt.errors import InputError
+
+# Fewer rows than these in a lookup stay float.
+FEWEST_ROWS = 64
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -22,8 +25,12 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def is_lookup(module: nn.Module) -> bool:
-    """Whether the module is a plain embedding (its rows may be scaled by a constant); learned positions are not."""
-    return type(module) is nn.Embedding or hasattr(module, "embed_scale")
+    """Whether the module is a plain embedding (its rows may be scaled by a constant); learned positions are not.
+
+    Nor are tables of a few rows, such as T5's biases of positions: int8 would save nothing there.
+    """
+    plain = type(module) is nn.Embedding or hasattr(module, "embed_scale")
+    return plain and int(cast(Any, module).num_embeddings) >= FEWEST_ROWS
 
 
 def is_int8(module: nn.Module, parameter: Any) -> bool:
@@ -58,6 +65,31 @@ def stacks_of(model: Any) -> tuple[tuple[str, int], ...]:
         owner = next(path for path, module in model.named_modules() if module is part)
         stacks.append((f"{owner}.{name}", count))
     return tuple(stacks)
+
+
+def all_layers(model: Any) -> list[nn.Module]:
+    """The layers as they run: an encoder's and then a decoder's, or those of the only list."""
+    return [layer for name, _ in stacks_of(model) for layer in cast(Any, model.get_submodule(name))]
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' class that makes the model of this config: a causal language model, or an encoder-decoder."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+
+
+def decoder_start(config: Any) -> int | None:
+    """The id that an encoder-decoder's answers begin with; None of a decoder-only model.
+
+    Raises: InputError when the config does not say it.
+    """
+    if not is_encoder_decoder(config):
+        return None
+    found = getattr(config, "decoder_start_token_id", None)
+    if not isinstance(found, int):
+        raise InputError(f"'{config.model_type}' has no decoder_start_token_id in its config.json: add it")
+    return found
 
 
 def is_encoder_decoder(config: Any) -> bool:

@@ -157,11 +157,11 @@ def _seen_here(
         return None
     if any(options.get(name) is not None for name in ("position_bias", "cache", "s_aux")):
         return None
-    if mask is not None:
-        return cast("Seen | None", getattr(mask, "seen", None))
     causal = options.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         return None
+    if mask is not None:
+        return cast("Seen | None", getattr(mask, "seen", None))
     return Seen(torch.zeros(query.shape[0], dtype=torch.int64))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 class BatchShape:
     """Rows, tokens per row (padded), and positions per row that reach the head.
 
-    Of an encoder-decoder, `tokens` are the encoder's and `kept` the decoder's, all of which reach the head.
+    Of an encoder-decoder, `tokens` are the encoder's and `kept` the decoder's.
     labelled: how many of all rows' kept positions have a label, on which alone the head runs; 0 where unknown: all.
     """
 
@@ -36,7 +36,8 @@ class BatchShape:
 class Work:
     """A quantity (FLOPs or bytes) that is linear in rows, tokens, squared tokens and kept positions.
 
-    cross and kept_pair (tokens times kept positions, squared kept positions) occur in encoder-decoders only.
+    kept counts positions with a label, on which the head runs. Of an encoder-decoder only: decoder counts the decoder's
+    positions, labelled or not; cross and kept_pair are tokens times these, and their squares.
     """
 
     row: int = 0
@@ -45,6 +46,7 @@ class Work:
     kept: int = 0
     cross: int = 0
     kept_pair: int = 0
+    decoder: int = 0
 
     def at(self, shape: BatchShape) -> int:
         """The quantity for one batch."""
@@ -59,6 +61,7 @@ class Work:
             + self.kept * totals.kept
             + self.cross * totals.cross
             + self.kept_pair * totals.kept_pair
+            + self.decoder * totals.decoder
         )
 
     def total(self, shapes: Iterable[BatchShape]) -> int:
@@ -73,10 +76,11 @@ class Work:
             self.kept + other.kept,
             self.cross + other.cross,
             self.kept_pair + other.kept_pair,
+            self.decoder + other.decoder,
         )
 
     def parts(self) -> list[Work]:
-        """The six terms apart."""
+        """The terms apart."""
         return [Work(**{name: value}) for name, value in asdict(self).items()]
 
     @property
@@ -87,7 +91,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Totals:
-    """What a linear quantity needs to know of any number of batches: the sums of its six variables."""
+    """What a linear quantity needs to know of any number of batches: the sums of its variables."""
 
     row: int
     token: int
@@ -95,11 +99,12 @@ class Totals:
     kept: int
     cross: int
     kept_pair: int
+    decoder: int = 0
 
     @classmethod
     def of(cls, shapes: Iterable[BatchShape]) -> Totals:
         """The sums over these batches."""
-        row = token = pair = kept = cross = kept_pair = 0
+        row = token = pair = kept = cross = kept_pair = decoder = 0
         for shape in shapes:
             row += shape.rows
             token += shape.rows * shape.tokens
@@ -107,7 +112,8 @@ class Totals:
             kept += shape.labelled or shape.rows * shape.kept
             cross += shape.rows * shape.tokens * shape.kept
             kept_pair += shape.rows * shape.kept**2
-        return cls(row, token, pair, kept, cross, kept_pair)
+            decoder += shape.rows * shape.kept
+        return cls(row, token, pair, kept, cross, kept_pair, decoder)
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ class CostTable:
     """The costs of one model. `forward` has the head on kept positions only, `head` is its share of it.
 
     layers: one entry per layer, in the order of `Weight.block` (an encoder's layers, then a decoder's).
-    encoder_decoder: whether the kept positions are the decoder's own, all of which reach the head.
+    encoder_decoder: whether the kept positions are a decoder's own.
     """
 
     blocks: int
@@ -228,7 +234,8 @@ class CostTable:
 
     def full_work(self) -> Work:
         """FLOPs of full fine-tuning as transformers runs it: forward and twice that, the head on every position."""
-        head_everywhere = self.head if self.encoder_decoder else Work(token=self.head.kept)
+        everywhere = self.head.kept
+        head_everywhere = Work(decoder=everywhere) if self.encoder_decoder else Work(token=everywhere)
         forward = self.forward + Work(kept=-self.head.kept) + head_everywhere
         return forward + forward + forward
 

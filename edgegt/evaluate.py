@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from edgegt.architecture import positions_of
+from edgegt.architecture import is_encoder_decoder, positions_of
 from edgegt.data import Example, Row, collate
 from edgegt.loss import supervised_loss
 
@@ -23,7 +23,7 @@ def held_out_loss(
     has no infinity.
     """
     total, tokens = 0.0, 0
-    ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.completion))
+    ordered = sorted(examples, key=lambda example: example.length)
     for start in range(0, len(ordered), batch_size):
         batch = collate(ordered[start : start + batch_size], pad_id)
         total += float(supervised_loss(model, batch, device))
@@ -42,10 +42,14 @@ def answer(
 ) -> list[str]:
     """The greedy continuation of each prompt (token ids), as text, until the end of text or `new_tokens`.
 
+    Of an encoder-decoder the answer to it. Prompts are padded on the left, an encoder's on the right.
+
     A model that knows fewer positions answers more shortly (from LEAST_TOKENS on), and reads the prompt's end only.
     """
-    positions = positions_of(model.config)
-    if positions is not None:
+    positions, pairs = positions_of(model.config), is_encoder_decoder(model.config)
+    if positions is not None and pairs:
+        new_tokens = min(new_tokens, positions - 1)
+    elif positions is not None:
         longest = max(len(prompt) for prompt in prompts)
         new_tokens = min(new_tokens, max(LEAST_TOKENS, positions - longest), positions - 1)
         prompts = [prompt[-(positions - new_tokens) :] for prompt in prompts]
@@ -58,13 +62,14 @@ def answer(
         ids = torch.full((len(part), width), pad)
         mask = torch.zeros_like(ids)
         for row, index in enumerate(part):
-            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[row, width - len(prompts[index]) :] = 1
+            first = 0 if pairs else width - len(prompts[index])
+            ids[row, first : first + len(prompts[index])] = torch.tensor(prompts[index])
+            mask[row, first : first + len(prompts[index])] = 1
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens, do_sample=False,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=pad,
         )  # fmt: skip
-        texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(out if pairs else out[:, width:], skip_special_tokens=True)
         for index, text in zip(part, texts, strict=True):
             answers[index] = text
     return answers

@@ -8,6 +8,7 @@ part of them a mask makes superfluous.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,9 +53,15 @@ def attach(model: nn.Module, meter: FlopMeter) -> None:
         module.__dict__["flop_meter"] = meter  # not a parameter, buffer or submodule
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             module.register_forward_hook(_count_linear)
-        own = type(module).__name__.endswith("Attention") and not getattr(model, "_supports_attention_backend", False)
+        own = type(module).__name__.endswith("Attention") and not _replaceable(model, module)
         if own and any(hasattr(part, "in_features") for part in module.children()):
             module.register_forward_hook(_count_own_attention)
+
+
+def _replaceable(model: nn.Module, module: nn.Module) -> bool:
+    """Whether the attention of this module is the function that the config names; T5's is, and its class is silent."""
+    names = inspect.unwrap(type(module).forward).__code__.co_names
+    return bool(getattr(model, "_supports_attention_backend", False)) or "ALL_ATTENTION_FUNCTIONS" in names
 
 
 def _count_own_attention(module: Any, inputs: tuple[torch.Tensor, ...], outputs: Any) -> None:

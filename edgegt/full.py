@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from edgegt.architecture import is_transposed
+from edgegt.architecture import auto_class, is_transposed
 from edgegt.attention import register_attention
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Saved
@@ -50,13 +50,12 @@ class FloatTrainee:
     probe_flops = 0
 
     def __init__(self, setup: Setup, log: Log, keeper: Keeper) -> None:
-        from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         self.setup, self.log, self.keeper = setup, log, keeper
         self._check()
-        self.module: Any = AutoModelForCausalLM.from_pretrained(
+        self.module: Any = auto_class(setup.config).from_pretrained(
             str(setup.source.directory), dtype=torch.float32, attn_implementation=register_attention(),
             local_files_only=True, trust_remote_code=False, use_safetensors=True,
         ).to(setup.device).eval()  # fmt: skip
@@ -275,6 +274,8 @@ def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:
 
 def _everywhere(batch: Batch) -> Batch:
     """The same batch with the head on every position, as transformers computes the loss."""
+    if batch.decoder_input_ids is not None:
+        return replace(batch, shape=replace(batch.shape, labelled=0))
     shape = BatchShape(batch.shape.rows, batch.shape.tokens, batch.shape.tokens)
     labels = torch.full((shape.rows, shape.tokens), IGNORE, dtype=batch.labels.dtype)
     labels[:, shape.tokens - batch.shape.kept :] = batch.labels

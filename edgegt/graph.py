@@ -41,7 +41,8 @@ class LayerReading:
 class Reading:
     """What one traced forward says; the lists have the same order for every shape.
 
-    paths: (weights, FLOPs of a gradient); saved: (weights, layer or NO_LAYER, bytes of a storage).
+    paths: (weights, FLOPs of a gradient), head_path the place of the head's; saved: (weights, layer or NO_LAYER,
+    bytes of a storage).
     """
 
     forward: int = 0
@@ -51,6 +52,7 @@ class Reading:
     paths: list[tuple[int, int]] = field(default_factory=list)
     saved: list[tuple[int, int, int]] = field(default_factory=list)
     layers: list[LayerReading] = field(default_factory=list)
+    head_path: int = -1
 
 
 @dataclass
@@ -179,6 +181,7 @@ class _Reader:
         self._forward(node, flops)
         if weight == self.head:
             self.out.head += flops
+            self.out.head_path = len(self.out.paths)
         self.out.dw[weight] = flops
         self.out.paths.append((masks[left], flops))
         self.reads.append((node._sequence_nr(), read.untyped_storage()._cdata, weight))

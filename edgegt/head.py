@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from edgegt.architecture import is_encoder_decoder, text_config
 from edgegt.chunks import chunk_positions
 from edgegt.data.batches import IGNORE
 from edgegt.errors import InputError
@@ -74,8 +75,10 @@ class LogitMap:
 
 def logit_map(module: Any) -> LogitMap:
     """What this transformers model does to its logits, from its text config."""
-    config = module.config.get_text_config()
+    config = text_config(module.config)
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    if getattr(config, "scale_decoder_outputs", False):  # T5 scales what its head reads, which is the same
+        factor *= float(config.d_model) ** -0.5
     cap = getattr(config, "final_logit_softcapping", None)
     return LogitMap(factor, None if cap is None else float(cap))
 
@@ -105,6 +108,19 @@ def base_model(module: Any) -> Any:
     return base
 
 
+def last_hidden(module: Any, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
+    """What the head reads at every position, [rows, positions, in]; of an encoder-decoder at the decoder's."""
+    if not is_encoder_decoder(module.config):
+        found: Tensor = base_model(module)(input_ids=input_ids, attention_mask=attention_mask, **inputs)[0]
+        return found
+    states = module.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)[0]
+    found = module.get_decoder()(
+        input_ids=inputs["decoder_input_ids"], encoder_hidden_states=states, encoder_attention_mask=attention_mask,
+        use_cache=False,
+    )[0]  # fmt: skip
+    return found
+
+
 @torch.no_grad()
 def verify_head(module: Any, head: Head, device: torch.device) -> None:
     """Hold the head on the base model's output against the model's own logits, on five positions; nothing is metered.
@@ -113,10 +129,12 @@ def verify_head(module: Any, head: Head, device: torch.device) -> None:
     """
     meter = getattr(module, "flop_meter", None)
     ids = torch.arange(1, 6, device=device).remainder_(head.out_features).unsqueeze(0)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    if is_encoder_decoder(module.config):
+        inputs["decoder_input_ids"] = ids
     with nullcontext() if meter is None else meter.off():
         expected = module(**inputs).logits[0].to(torch.float32)
-        hidden = base_model(module)(**inputs).last_hidden_state[0]
+        hidden = last_hidden(module, **inputs)[0]
         logits = logit_map(module).apply(head.logits(*head.backend.quantize_tokens(hidden)))[0]
     same_shape = logits.shape == expected.shape
     error = float((logits - expected).norm() / expected.norm().clamp_min(1e-30)) if same_shape else float("inf")

@@ -68,7 +68,7 @@ class Corpus:
     @property
     def used_tokens(self) -> tuple[int, ...]:
         """The ids that occur in the training rows, ascending: rows of the head that need a master."""
-        used = {token for example in self.train for token in (*example.prompt, *example.completion)}
+        used = {token for one in self.train for token in (*(one.prompt if one.start is None else ()), *one.completion)}
         return tuple(sorted(used))
 
     @property
@@ -149,8 +149,11 @@ def within_positions(options: RunOptions, positions: int | None) -> RunOptions:
     return replace(options, max_length=positions)
 
 
-def read_corpus(options: RunOptions, tokenizer: Any) -> Corpus:
-    """The user's data, or the household's when no data is named. Raises: InputError for anything unusable."""
+def read_corpus(options: RunOptions, tokenizer: Any, start: int | None = None) -> Corpus:
+    """The user's data, or the household's when no data is named. Raises: InputError for anything unusable.
+
+    start: of an encoder-decoder, what its decoder begins with.
+    """
     if options.data is None:
         return _household(options, tokenizer)
     sources = read_sources(options)
@@ -159,7 +162,7 @@ def read_corpus(options: RunOptions, tokenizer: Any) -> Corpus:
         train, held = split_rows(source.rows, options.eval_fraction, options.seed)
     else:
         train, held = list(source.rows), list(sources[1].rows)
-    return _tokenised(options, tokenizer, source, train, held, [], sources)
+    return _tokenised(options, tokenizer, source, train, held, [], sources, start)
 
 
 def read_sources(options: RunOptions) -> list[Source]:
@@ -180,10 +183,10 @@ def _household(options: RunOptions, tokenizer: Any) -> Corpus:
 
 def _tokenised(
     options: RunOptions, tokenizer: Any, source: Source, train: list[Row], held: list[Row], general: list[Row],
-    sources: list[Source],
+    sources: list[Source], start: int | None = None,
 ) -> Corpus:  # fmt: skip
-    examples, report = tokenize(train, tokenizer, options.max_length, options.skip_bad_rows)
-    held_out, held_report = tokenize(held, tokenizer, options.max_length, options.skip_bad_rows)
+    examples, report = tokenize(train, tokenizer, options.max_length, options.skip_bad_rows, start)
+    held_out, held_report = tokenize(held, tokenizer, options.max_length, options.skip_bad_rows, start)
     other = tuple(tokenize(general, tokenizer, options.max_length)[0]) if general else ()
     unread = sum((Counter(source.dropped) for source in sources), Counter[str]())
     return Corpus(
@@ -202,7 +205,7 @@ def make_schedule(options: RunOptions, train: tuple[Example, ...]) -> Schedule:
     """Length-bucketed batches for --steps or --epochs, cut into rounds of --round-epochs."""
     from edgegt.data import length_bucketed, shape_of
 
-    lengths = [len(example.inputs) for example in train]
+    lengths = [example.length for example in train]
     per_epoch = math.ceil(len(train) / options.batch_size)
     epochs = options.epochs or (home.EPOCHS if options.model is None and options.data is None else 2.0)
     steps = options.steps or max(1, round(per_epoch * epochs))

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from edgegt.data import Batch
 from edgegt.data.batches import IGNORE
-from edgegt.head import base_model, head_loss
+from edgegt.head import head_loss, last_hidden
 from edgegt.quant import Int8Linear
 
 
@@ -24,22 +24,22 @@ def supervised_loss(model: Any, batch: Batch, device: torch.device, factor: floa
     """
     if isinstance(model.get_output_embeddings(), Int8Linear):
         return head_loss(model, kept_hidden(model, batch, device), batch.labels, factor=factor)
-    logits = model(**_inputs(batch, device), logits_to_keep=batch.shape.kept).logits
+    fewer = {"logits_to_keep": batch.shape.kept} if batch.decoder_input_ids is None else {}
+    logits = model(**_inputs(batch, device), **fewer).logits
     labels = batch.labels.to(device).reshape(-1)
     logits = logits.reshape(-1, logits.shape[-1]).float()
     return cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") * factor
 
 
 def kept_hidden(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
-    """What the head reads, [rows, kept, in]: the base model's output on the batch's last positions."""
-    hidden: torch.Tensor = base_model(model)(**_inputs(batch, device)).last_hidden_state
-    return hidden[:, batch.shape.tokens - batch.shape.kept :]
+    """What the head reads, [rows, kept, in]: the output on the batch's last positions, or on the decoder's."""
+    return last_hidden(model, **_inputs(batch, device))[:, -batch.shape.kept :]
 
 
 def _inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
-    return {
-        "input_ids": batch.input_ids.to(device),
-        "attention_mask": batch.attention_mask.to(device),
-        "position_ids": batch.position_ids.to(device),
-        "use_cache": False,
-    }
+    inputs = {
+        "input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device), "use_cache": False,
+    }  # fmt: skip
+    if batch.decoder_input_ids is None:
+        return inputs | {"position_ids": batch.position_ids.to(device)}
+    return inputs | {"decoder_input_ids": batch.decoder_input_ids.to(device)}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from edgegt.architecture import block_of, head_name, is_int8, is_linear, is_transposed, layers_of
+from edgegt.architecture import auto_class, block_in, head_name, is_int8, is_linear, is_lookup, is_transposed, stacks_of
 from edgegt.attention import register_attention, use_causal
 from edgegt.errors import InputError
 from edgegt.flops import FlopMeter, attach
@@ -113,14 +113,18 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
 
 def skeleton(config: Any) -> Any:
     """The float architecture with its matrices on the meta device and small tensors in place."""
-    from transformers import AutoModelForCausalLM
-
-    attention = register_attention()
+    attention, auto = register_attention(), auto_class(config)
     with _NoMatrices():
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+            return auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
         except (ValueError, KeyError):  # an architecture with attention of its own
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+            return auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
+
+
+def _lookup(weight: Int8Weight, module: Any) -> Int8Embedding:
+    """The int8 form of a lookup, with the constant that it scales its rows by."""
+    scaled_by = getattr(module, "embed_scale", None)
+    return Int8Embedding(weight, embed_scale=None if scaled_by is None else float(scaled_by))
 
 
 class _NoMatrices(TorchFunctionMode):
@@ -140,19 +144,20 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 
 def _entries(model: Any, source: Source, head: str, tied: bool) -> Iterator[Entry]:
-    layers, blocks = layers_of(model)
+    stacks = stacks_of(model)
     prefix = getattr(model, "base_model_prefix", "")
-    stored = _renamed(model, source)
+    stored, seen = _renamed(model, source), set()
     for module_name, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{short}"
-            if tied and name == head:
+            if (tied and name == head) or id(parameter) in seen:
                 continue
+            seen.add(id(parameter))
             spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
             stored_as = next((stored[spelling] for spelling in spellings if spelling in stored), None)
             if stored_as is None:
                 raise InputError(f"the model in '{source.directory}' lacks the tensor '{name}': fetch the model again")
-            block = block_of(name, layers, blocks, head)
+            block = block_in(name, stacks, head)
             int8 = is_int8(module, parameter)
             yield Entry(name, stored_as, block, int8, int8 and is_transposed(module))
 
@@ -177,6 +182,7 @@ def _fill(
     device: torch.device,
 ) -> dict[str, Int8Linear]:  # fmt: skip
     linears: dict[str, Int8Linear] = {}
+    lookups = [(path, module) for path, module in model.named_modules() if is_lookup(module)]
     for entry in entries:
         if not entry.int8:
             owner, _, short = entry.name.rpartition(".")
@@ -189,13 +195,11 @@ def _fill(
         module = model.get_submodule(owner)
         q, scale = (store.tensor(f"{entry.name}.{part}").to(device) for part in ("q", "scale"))
         weight = Int8Weight(q, scale)
-        new: nn.Module
         if is_linear(module):
-            new = Int8Linear(weight, module.bias, name=entry.name, backend=backend, inputs=inputs, meter=meter)
-            linears[entry.name] = new
-        else:
-            scaled_by = getattr(module, "embed_scale", None)
-            new = Int8Embedding(weight, embed_scale=None if scaled_by is None else float(scaled_by))
-        parent, _, short = owner.rpartition(".")
-        setattr(model.get_submodule(parent) if parent else model, short, new)
+            linear = Int8Linear(weight, module.bias, name=entry.name, backend=backend, inputs=inputs, meter=meter)
+            linears[entry.name] = linear
+            model.set_submodule(owner, linear)
+        else:  # an encoder and a decoder look up in the same one
+            for path in [path for path, other in lookups if other.weight is module.weight]:
+                model.set_submodule(path, _lookup(weight, model.get_submodule(path)))
     return linears

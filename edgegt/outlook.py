@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edgegt.architecture import positions_of
+from edgegt.architecture import decoder_start, positions_of
 from edgegt.budget import (
     Need,
     Probes,
@@ -106,7 +106,7 @@ def batches_of(options: RunOptions, model: str, config: Any) -> Batches:
     from edgegt.source import load_tokenizer, locate
 
     if options.data is not None or options.model is None:
-        corpus = read_corpus(options, load_tokenizer(locate(model, weights=False)))
+        corpus = read_corpus(options, load_tokenizer(locate(model, weights=False)), decoder_start(config))
         schedule = make_schedule(options, corpus.train)
         longest = max(shape.tokens for shape in schedule.shapes)
         words = f"{corpus.name} ({corpus.format}, {corpus.layout}): {schedule.steps} steps of "

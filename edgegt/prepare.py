@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from edgegt.architecture import positions_of
+from edgegt.architecture import decoder_start, positions_of
 from edgegt.budget import Need, Probes, check_memory, check_time, flops_budget, plan_probes, rows_that_fit
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Checkpoints
@@ -146,7 +146,7 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
     source = open_source(name)
     tokenizer = load_tokenizer(source.directory)
     given, options = options.max_length, within_positions(options, positions_of(config))
-    corpus = read_corpus(options, tokenizer)
+    corpus = read_corpus(options, tokenizer, decoder_start(config))
     if options.max_length < given and corpus.reports[0].cut:
         log.fallback(f"the model knows {options.max_length} positions: rows are cut to that, not to {given}")
     log.say(f"data: {corpus.name} ({corpus.format}, {corpus.layout}), to train on {corpus.reports[0].line()}")

@@ -113,17 +113,12 @@ def _from_hub(model: str, fetch: Callable[[], str]) -> Path:
 def read_config(model: str, *, for_run: bool = True) -> Any:
     """The transformers config of a model directory, a hub id, or a path to a config.json alone.
 
-    for_run: refuse what can be planned but not trained: encoder-decoders, and language models inside larger ones.
+    for_run: refuse what can be planned but not trained: language models inside larger ones.
     Raises: InputError for a missing or malformed config, or an architecture that transformers does not know.
     """
     config_file = _config_file(model)
     config = _parsed(config_file)
     kind = config.model_type
-    if for_run and getattr(config, "is_encoder_decoder", False):
-        raise InputError(
-            f"{config_file}: '{kind}' is an encoder-decoder, which edgegt plans but does not train yet: "
-            "give a decoder-only model"
-        )
     if for_run and getattr(config, "text_config", None) is not None:
         raise InputError(
             f"{config_file}: '{kind}' holds its language model among others, which edgegt plans but does not train "

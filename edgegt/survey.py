@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from edgegt.architecture import positions_of
+from edgegt.architecture import decoder_start, positions_of
 from edgegt.data import Example, Source, TokenReport, tokenize
 from edgegt.errors import InputError
 from edgegt.job import bad_line, read_sources, within_positions
@@ -33,13 +33,14 @@ def survey(options: RunOptions) -> Tree:
         raise InputError("`edgegt data` needs --model: what is learned depends on its tokenizer and chat template")
     sources = read_sources(options)
     tokenizer = load_tokenizer(locate(options.model, weights=False))
-    fitting = within_positions(options, positions_of(read_config(options.model, for_run=False)))
-    sides = [_side(source, tokenizer, fitting) for source in sources]
+    config = read_config(options.model, for_run=False)
+    fitting = within_positions(options, positions_of(config))
+    sides = [_side(source, tokenizer, fitting, decoder_start(config)) for source in sources]
     return {"model": options.model, "max_length": fitting.max_length, "files": sides}
 
 
-def _side(source: Source, tokenizer: Any, options: RunOptions) -> Tree:
-    examples, report = tokenize(source.rows, tokenizer, options.max_length, options.skip_bad_rows)
+def _side(source: Source, tokenizer: Any, options: RunOptions, start: int | None) -> Tree:
+    examples, report = tokenize(source.rows, tokenizer, options.max_length, options.skip_bad_rows, start)
     dropped = dict(source.dropped) | ({"bad row": len(source.bad)} if source.bad else {})
     for reason, count in report.dropped.items():
         dropped[reason] = dropped.get(reason, 0) + count

@@ -13,13 +13,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edgegt.architecture import block_in, head_name, is_encoder_decoder, is_int8, stacks_of, text_config
+from edgegt.architecture import (
+    all_layers,
+    auto_class,
+    block_in,
+    head_name,
+    is_encoder_decoder,
+    is_int8,
+    stacks_of,
+    text_config,
+)
 from edgegt.attention import register_attention, use_causal
 from edgegt.cost import BatchShape, Block, CostTable, Path, Weight, Work
 from edgegt.errors import InputError
@@ -50,13 +60,9 @@ def trace(config: Any, dtype: torch.dtype = torch.float32, causal: bool = False)
 
 def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
     """The model with a head of its own, and whether its head was the embedding."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    auto, form = (AutoModelForCausalLM, "a causal language model")
-    if is_encoder_decoder(config):
-        auto, form = (AutoModelForSeq2SeqLM, "an encoder-decoder")
+    form = "an encoder-decoder" if is_encoder_decoder(config) else "a causal language model"
     try:
-        model = _as_trained(auto, config, dtype)
+        model = _as_trained(auto_class(config), config, dtype)
     except (ValueError, KeyError, AttributeError) as error:
         kind = getattr(config, "model_type", "?")
         raise InputError(
@@ -84,12 +90,10 @@ def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
 
 def _as_trained(auto: Any, config: Any, dtype: torch.dtype) -> Any:
     """The model with the attention that training uses; with transformers' own where it knows no other."""
-    if not is_encoder_decoder(config):
-        try:
-            return auto.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=register_attention())
-        except (ValueError, KeyError):  # an architecture with attention of its own
-            pass
-    return auto.from_config(copy.deepcopy(config), dtype=dtype)
+    try:
+        return auto.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=register_attention())
+    except (ValueError, KeyError):  # an architecture with attention of its own
+        return auto.from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def _read(model: Any, shape: BatchShape) -> Reading:
@@ -100,8 +104,7 @@ def _read(model: Any, shape: BatchShape) -> Reading:
         inputs: dict[str, Any] = {"decoder_input_ids": torch.zeros(shape.rows, shape.kept, dtype=torch.long)}
     else:
         inputs = {"logits_to_keep": shape.kept}
-    layers = [layer for name, _ in stacks_of(model) for layer in model.get_submodule(name)]
-    with noting_layers(layers) as spans:
+    with noting_layers(all_layers(model)) as spans:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
     if logits.shape[1] != shape.kept:
         raise InputError(f"{type(model).__name__} does not know logits_to_keep: this architecture is not supported yet")
@@ -137,6 +140,12 @@ def _table(model: Any, tied: bool, readings: list[Reading]) -> CostTable:
     blocks = len(first.layers)
     flops = [_solve(column) for column in zip(*([flops for _, flops in r.paths] for r in readings), strict=True)]
     saved = [_solve(column) for column in zip(*([size for _, _, size in r.saved] for r in readings), strict=True)]
+    forward, head_forward = _solve([r.forward for r in readings]), _solve([r.head for r in readings])
+    if is_encoder_decoder(model.config):
+        rest = forward + Work(kept=-head_forward.kept)
+        forward = _of_decoder(rest) + head_forward
+        flops = [work if place == first.head_path else _of_decoder(work) for place, work in enumerate(flops)]
+        saved = [_of_decoder(work) for work in saved]
     paths = _merge(
         [(mask, NO_LAYER, work, Work()) for (mask, _), work in zip(first.paths, flops, strict=True)]
         + [(mask, layer, Work(), work) for (mask, layer, _), work in zip(first.saved, saved, strict=True)]
@@ -147,9 +156,9 @@ def _table(model: Any, tied: bool, readings: list[Reading]) -> CostTable:
         blocks=blocks,
         weights=weights,
         paths=paths,
-        layers=tuple(_layer(readings, index) for index in range(blocks)),
-        forward=_solve([r.forward for r in readings]),
-        head=_solve([r.head for r in readings]),
+        layers=tuple(_layer(model, readings, index) for index in range(blocks)),
+        forward=forward,
+        head=head_forward,
         parameters=sum(p.numel() for p in counted.values()),
         base_bytes=_base_bytes(model, counted),
         float_bytes=sum(4 * p.numel() for p in counted.values()),
@@ -158,10 +167,18 @@ def _table(model: Any, tied: bool, readings: list[Reading]) -> CostTable:
     )
 
 
-def _layer(readings: list[Reading], index: int) -> Block:
+def _of_decoder(work: Work) -> Work:
+    """What `_solve` found to grow with an encoder-decoder's kept positions, and is not the head's: labels or not."""
+    return replace(work, kept=0, decoder=work.kept)
+
+
+def _layer(model: Any, readings: list[Reading], index: int) -> Block:
     forward = _solve([reading.layers[index].forward for reading in readings])
-    inputs = zip(*(reading.layers[index].inputs for reading in readings), strict=True)
-    return Block(forward, sum(map(_solve, inputs), Work()), readings[0].layers[index].weights)
+    columns = zip(*(reading.layers[index].inputs for reading in readings), strict=True)
+    inputs = sum(map(_solve, columns), Work())
+    if is_encoder_decoder(model.config):
+        forward, inputs = _of_decoder(forward), _of_decoder(inputs)
+    return Block(forward, inputs, readings[0].layers[index].weights)
 
 
 def _weight(model: Any, name: str, readings: list[Reading], stacks: Sequence[tuple[str, int]], head: str) -> Weight:
@@ -173,6 +190,8 @@ def _weight(model: Any, name: str, readings: list[Reading], stacks: Sequence[tup
     kind = "head" if name == head else "linear" if linear else "vector"
     stage = readings[0].stages.get(name, -1)
     dw = _solve([reading.dw[name] for reading in readings]) if name in readings[0].dw else Work()
+    if is_encoder_decoder(model.config) and kind != "head":
+        dw = _of_decoder(dw)
     return Weight(name, kind, block_in(name, stacks, head), shape, stage, dw)
 
 
@@ -185,8 +204,15 @@ def _stage_inputs(weights: tuple[Weight, ...], blocks: int) -> list[tuple[int, i
             stages[weight.stage] = stages.get(weight.stage, 0) | 1 << bit
             size = weight.shape[1] + _TOKEN_SCALE_BYTES
             layer = weight.block if weight.block < blocks else NO_LAYER
-            inputs[weight.stage] = layer, Work(kept=size) if weight.dw.kept else Work(token=size)
+            inputs[weight.stage] = layer, _per_position(weight, size)
     return [(mask, inputs[stage][0], Work(), inputs[stage][1]) for stage, mask in stages.items()]
+
+
+def _per_position(weight: Weight, size: int) -> Work:
+    """So much for every position that the weight reads."""
+    if weight.dw.kept:
+        return Work(kept=size)
+    return Work(decoder=size) if weight.dw.decoder else Work(token=size)
 
 
 def _merge(terms: list[tuple[int, int, Work, Work]]) -> tuple[Path, ...]:
@@ -200,11 +226,11 @@ def _merge(terms: list[tuple[int, int, Work, Work]]) -> tuple[Path, ...]:
 
 
 def _widest(weights: tuple[Weight, ...]) -> Work:
-    """Bytes that the widest product of the layers needs, over the tokens and, in a decoder, over the kept positions."""
+    """Bytes that the widest product of the layers needs, over the tokens and over a decoder's own positions."""
     linears = [weight for weight in weights if weight.kind == "linear"]
     return Work(
         token=max((_transient(weight) for weight in linears if weight.dw.token), default=0),
-        kept=max((_transient(weight) for weight in linears if weight.dw.kept), default=0),
+        decoder=max((_transient(weight) for weight in linears if weight.dw.decoder), default=0),
     )
 
 

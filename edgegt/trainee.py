@@ -316,9 +316,9 @@ class Int8Trainee:
         return planned_bytes(self.trainables, self.rounds.table(), self.rounds.formats[0])
 
     def _layers(self) -> Any:
-        from edgegt.architecture import layers_of
+        from edgegt.architecture import all_layers
 
-        return self.module.get_submodule(layers_of(self.module)[0])
+        return all_layers(self.module)
 
     def _predict(self, steps: int, chosen: Plan) -> None:
         speeds = self.setup.rates, of_profile(self.setup.resolved.profile)

@@ -25,6 +25,13 @@ class Subject:
     options: RunOptions | None
     separator: str
 
+    @property
+    def start(self) -> int | None:
+        """Of an encoder-decoder, what its decoder begins with."""
+        from edgegt.architecture import decoder_start
+
+        return decoder_start(self.module.config)
+
 
 def load_subject(run: str | None, model: str | None, patch: str | None) -> Subject:
     """A run's personalised model, or --model with or without --patch, in int8.
@@ -82,9 +89,10 @@ def generate_text(run: str | None, model: str | None, patch: str | None, prompt:
     if subject.separator == BY_TEMPLATE:
         row = Row.of_turns((Turn("user", prompt), Turn("assistant", "x")), 1)
     else:
-        separator = "" if prompt[-1:].isspace() or not prompt else subject.separator
+        apart = prompt[-1:].isspace() or not prompt or subject.start is not None
+        separator = "" if apart else subject.separator
         row = Row(prompt + separator, " x", 1)
-    example = tokenize([row], subject.tokenizer, 1 << 20)[0][0]
+    example = tokenize([row], subject.tokenizer, 1 << 20, start=subject.start)[0][0]
     return answer(subject.module, subject.tokenizer, [example.prompt], tokens, 1, subject.device)[0].strip()
 
 
@@ -136,10 +144,10 @@ def evaluate_subject(
     if source is not None:
         most = dataclasses.replace(own, max_length=max_length or own.max_length)
         most = within_positions(most, positions_of(subject.module.config))
-        examples = tuple(tokenize(source.rows, subject.tokenizer, most.max_length, skip)[0])
+        examples = tuple(tokenize(source.rows, subject.tokenizer, most.max_length, skip, subject.start)[0])
     else:
         assert subject.options is not None
-        examples = read_corpus(subject.options, subject.tokenizer).held_out
+        examples = read_corpus(subject.options, subject.tokenizer, subject.start).held_out
     pad = subject.tokenizer.pad_token_id
     pad = subject.tokenizer.eos_token_id if pad is None else pad
     return held_out_loss(subject.module, examples, pad, 16, subject.device)

@@ -90,9 +90,11 @@ def test_full_fine_tuning_runs_the_head_on_every_position() -> None:
     assert table.full_work().at(SHAPE) > 3 * table.forward.at(SHAPE)
 
 
-def test_an_encoder_decoder_runs_its_head_on_the_kept_positions_anyway() -> None:
+def test_an_encoder_decoder_runs_its_head_on_the_decoders_positions_anyway() -> None:
     table = replace(table_of_three(), encoder_decoder=True)
-    assert table.full_work() == table.forward + table.forward + table.forward
+    work, labelled = table.full_work(), replace(SHAPE, labelled=2)
+    assert work.at(SHAPE) == 3 * table.forward.at(SHAPE)
+    assert work.at(labelled) == work.at(SHAPE) and table.forward.at(labelled) < table.forward.at(SHAPE)
 
 
 def test_a_recomputed_layer_keeps_its_input_only_and_runs_again() -> None:

@@ -14,7 +14,8 @@ from edgegt.data.batches import collate, shape_of, split_micro
 from edgegt.data.chat import ChatTemplate
 from edgegt.data.read import read_rows, split_rows
 from edgegt.data.rows import BY_TEMPLATE, Row, Turn
-from edgegt.data.tokens import IGNORE, Example, tokenize
+from edgegt.data.examples import IGNORE, Example
+from edgegt.data.tokens import tokenize
 from edgegt.errors import InputError
 
 # As Qwen2.5 writes it, without its tools; and as Llama 3 does.

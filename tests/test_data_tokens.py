@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from edgegt.data.read import Row, parse_columns, read_rows
-from edgegt.data.tokens import Example, tokenize
+from edgegt.data.examples import Example
+from edgegt.data.tokens import tokenize
 from edgegt.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -22,7 +22,7 @@ from edgegt.flops import FlopMeter
 from edgegt.head import LogitMap, base_model, head_loss, logit_map, verify_head
 from edgegt.loss import kept_hidden, supervised_loss
 from edgegt.quant import BACKENDS, Backend, InputCache, Int8Linear, ReferenceBackend, quantize_rows, split_planes
-from tiny_models import _GROUPED, CPU, FAMILIES, batch_of, load, save_model
+from tiny_models import _GROUPED, CPU, EVERY, batch_of, load, logits_of, save_model, start_of
 
 VOCABULARY, WIDTH = 75, 24
 MAPS = {
@@ -256,17 +256,13 @@ def test_the_masters_gradient_is_one_buffer_and_given_away() -> None:
     assert 4 * vocabulary * width < live.peak < 1.6 * 4 * vocabulary * width + 9 * n * vocabulary
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_every_family_has_the_loss_of_its_own_logits(family: str, tmp_path: Path) -> None:
-    save_model(tmp_path / "model", FAMILIES[family]())
+    save_model(tmp_path / "model", EVERY[family]())
     model = load(tmp_path / "model", tmp_path / "cache")
-    batch = batch_of(6)
+    batch = batch_of(6, start=start_of(family))
     with torch.no_grad():
-        logits = model.module(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids,
-            logits_to_keep=batch.shape.kept, use_cache=False,
-        ).logits  # fmt: skip
-        expected = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
+        expected = cross_entropy(logits_of(model.module, batch).flatten(0, 1), batch.labels.flatten(), reduction="sum")
         found = supervised_loss(model.module, batch, CPU)
     assert kept_hidden(model.module, batch, CPU).shape[:2] == batch.labels.shape
     assert float(found) == pytest.approx(float(expected), rel=1e-5)

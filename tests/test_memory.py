@@ -43,7 +43,7 @@ from edgegt.problem import Problem, case_of
 from edgegt.quant import split_planes
 from edgegt.trace import trace
 from test_planner import problem_of, random_problem
-from tiny_models import FAMILIES, TRACED_ONLY
+from tiny_models import EVERY
 
 VOCABULARY = 300
 WORST = BatchShape(rows=2, tokens=10, kept=4)
@@ -328,7 +328,7 @@ def lowest(table: CostTable, mask: int, count: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "t5"])
 def test_no_micro_batch_needs_more_than_the_worst_shape(family: str) -> None:
     """Whatever is selected and recomputed: alone, everything, nothing and random choices, on random sets of batches."""
-    found, draw = trace((FAMILIES | TRACED_ONLY)[family]()), random.Random(0)
+    found, draw = trace(EVERY[family]()), random.Random(0)
     names = [weight.name for weight in found.weights]
     for _ in range(60):
         lengths = [draw.randint(8, 200) for _ in range(draw.randint(2, 6))]
@@ -348,7 +348,7 @@ def test_no_micro_batch_needs_more_than_the_worst_shape(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt", "t5"])
 def test_recomputing_adds_no_more_than_the_inputs_of_the_layers(family: str) -> None:
-    found, draw = trace((FAMILIES | TRACED_ONLY)[family]()), random.Random(1)
+    found, draw = trace(EVERY[family]()), random.Random(1)
     names = [weight.name for weight in found.weights]
     setting, helped = Setting(BatchShape(4, 100, 30), VOCABULARY, False), 0
     for _ in range(100):
@@ -392,7 +392,7 @@ def test_the_case_has_the_same_bytes_and_flops_as_the_table(seed: int) -> None:
 
 @pytest.mark.parametrize("family", ["smollm", "gpt2", "falcon-alibi", "flan-t5", "bart"])
 def test_the_case_agrees_with_traced_tables(family: str) -> None:
-    table, draw = trace((FAMILIES | TRACED_ONLY)[family]()), random.Random(2)
+    table, draw = trace(EVERY[family]()), random.Random(2)
     for _ in range(10):
         problem = problem_of(table, draw, draw.choice((1, 4)))
         names = draw.sample([weight.name for weight in table.weights], 5)

@@ -4,46 +4,36 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgegt.architecture import layers_of, positions_of
-from edgegt.data import Batch
+from edgegt.architecture import all_layers, positions_of
 from edgegt.evaluate import answer
 from edgegt.job import within_positions
 from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
 from edgegt.options import RunOptions
 from edgegt.quant import Int8Embedding, Int8Linear, dequantize
-from tiny_models import FAMILIES, SHARED, batch_of, load, save_model
+from tiny_models import EVERY, FAMILIES, SHARED, batch_of, load, logits_of, save_model, start_of
 
 STORIES = SHARED / "data" / "models" / "stories260K"
 
 
-def logits_of(module: Any, batch: Batch) -> torch.Tensor:
-    with torch.no_grad():
-        return module(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids,
-            use_cache=False, logits_to_keep=batch.shape.kept,
-        ).logits  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_int8_logits_are_close_to_float_logits(family: str, tmp_path: Path) -> None:
-    reference = save_model(tmp_path / "model", FAMILIES[family]())
+    reference = save_model(tmp_path / "model", EVERY[family]())
     model = load(tmp_path / "model", tmp_path / "cache")
-    batch = batch_of(6)
+    batch = batch_of(6, start=start_of(family))
     expected, found = logits_of(reference, batch), logits_of(model.module, batch)
     assert found.shape == expected.shape
     assert float((found - expected).norm() / expected.norm()) < 0.04
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_frozen_model_holds_no_float_matrix_of_a_linear(family: str, tmp_path: Path) -> None:
-    save_model(tmp_path / "model", FAMILIES[family]())
+    save_model(tmp_path / "model", EVERY[family]())
     gc.collect()
     older = {id(found) for found in gc.get_objects() if issubclass(type(found), torch.Tensor)}
     model = load(tmp_path / "model", tmp_path / "cache")
@@ -99,18 +89,17 @@ def test_gpt2s_conv1d_is_a_linear_with_its_weight_transposed(tmp_path: Path) -> 
     assert "transformer.wpe.weight" not in {*model.linears, *model.vectors}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_linears_and_vectors_are_the_weights_of_the_cost_table(family: str, tmp_path: Path) -> None:
     from edgegt.trace import trace
 
-    save_model(tmp_path / "model", FAMILIES[family]())
-    model, table = load(tmp_path / "model", tmp_path / "cache"), trace(FAMILIES[family]())
+    save_model(tmp_path / "model", EVERY[family]())
+    model, table = load(tmp_path / "model", tmp_path / "cache"), trace(EVERY[family]())
     assert {weight.name for weight in table.weights} == {*model.linears, *model.vectors}
     for weight in table.weights:
         held = model.vectors[weight.name] if weight.kind == "vector" else model.linears[weight.name].weight
         assert tuple(held.shape) == weight.shape, weight.name
-    name, count = layers_of(model.module)
-    assert count == len(model.module.get_submodule(name)) == table.blocks
+    assert len(all_layers(model.module)) == table.blocks
 
 
 def test_a_master_starts_from_int8_when_the_source_has_gone_and_says_so(tmp_path: Path) -> None:

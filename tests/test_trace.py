@@ -27,14 +27,13 @@ from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW
 from edgegt.selection import Trainables
 from edgegt.trace import trace
-from tiny_models import FAMILIES, TRACED_ONLY, float_model, int8_twin, load, save_model, some_selections
+from tiny_models import EVERY, FAMILIES, float_model, load, save_model, some_selections
 
 FLOPS_TOLERANCE = 1e-3
 SAVED_TOLERANCE = 0.02
 # Their attention is traced as one product after the other and keeps masks that the running one shares: never less.
 OWN_ATTENTION, OWN_ATTENTION_TOLERANCE = ("gemma2", "falcon-alibi"), 0.10
 SELECTIONS = 100
-EVERY = {**FAMILIES, **TRACED_ONLY}
 BETWEEN = ("encoder.final_layer_norm", "model.decoder.layernorm_embedding")
 DECODERS = ("decoder.block.0", "model.decoder.layers.0")
 _tables: dict[str, CostTable] = {}
@@ -257,9 +256,7 @@ def test_saved_bytes_are_the_storages_that_the_int8_model_keeps(family: str, tmp
 
 
 def int8_model(family: str, folder: Path) -> Int8Model:
-    if family in TRACED_ONLY:
-        return int8_twin(TRACED_ONLY[family]())
-    save_model(folder / "model", FAMILIES[family]())
+    save_model(folder / "model", EVERY[family]())
     return load(folder / "model", folder / "cache")
 
 

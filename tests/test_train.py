@@ -24,7 +24,18 @@ from edgegt.selection import Trainables
 from edgegt.trace import trace
 from edgegt.train import Dropped, NoRoom, Parts, Progress, Recipe, train_round
 from edgegt.watch import MemoryWatch
-from tiny_models import CPU, FAMILIES, SHARED, batch_of, float_model, load, save_model, some_selections
+from tiny_models import (
+    CPU,
+    EVERY,
+    FAMILIES,
+    SHARED,
+    batch_of,
+    float_model,
+    load,
+    save_model,
+    some_selections,
+    start_of,
+)
 
 UP, NORM, HEAD = "model.layers.1.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight", "lm_head.weight"
 METRIC_KEYS = {
@@ -237,11 +248,11 @@ def all_labelled(batch: Batch) -> Batch:
     return replace(batch, labels=batch.labels.clamp(min=0), shape=shape, supervised=count)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_flops_counted_while_running_are_the_tables_and_torchs(family: str, tmp_path: Path) -> None:
-    save_model(tmp_path / "model", FAMILIES[family]())
-    table, twin = trace(FAMILIES[family]()), float_model(FAMILIES[family](), untied=True)
-    batches = [all_labelled(batch_of(4, seed)) for seed in range(2)]
+    save_model(tmp_path / "model", EVERY[family]())
+    table, twin = trace(EVERY[family]()), float_model(EVERY[family](), untied=True)
+    batches = [all_labelled(batch_of(4, seed, start=start_of(family))) for seed in range(2)]
     run = Run(tmp_path / "model", [])
     for selected in some_selections([weight.name for weight in table.weights], 4):
         run.trainables.select(selected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,10 @@ from transformers import (
     T5Config,
 )
 
-from edgegt.architecture import is_linear, is_transposed
 from edgegt.data import Batch, Example, Row, collate
-from edgegt.flops import FlopMeter
 from edgegt.model import Int8Model, load_int8
-from edgegt.quant import Backend, InputCache, Int8Linear, TorchBackend, quantize_rows
+from edgegt.quant import Backend, TorchBackend
 from edgegt.source import open_source, read_config
-from edgegt.store import Entry
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCABULARY = 320
@@ -43,7 +41,7 @@ _IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_tok
 _WIDE = {**_IDS, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 _ONE_OF_THREE = {**_WIDE, "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}
 _FALCON = {**_IDS, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-_T5 = {"vocab_size": VOCABULARY, "d_model": 64, "d_ff": 96, "num_heads": 4, "d_kv": 16}
+_T5 = {"decoder_start_token_id": 0, "vocab_size": VOCABULARY, "d_model": 64, "d_ff": 96, "num_heads": 4, "d_kv": 16}
 _GROUPED = {**_WIDE, "num_key_value_heads": 2, "max_position_embeddings": 128}
 
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -68,17 +66,21 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "falcon-alibi": lambda: FalconConfig(**_FALCON, alibi=True, multi_query=False, parallel_attn=False, bias=True),
 }  # fmt: skip
 
-# What can be planned and not yet be loaded in int8.
-TRACED_ONLY: dict[str, Callable[[], Any]] = {
+# Encoder-decoders.
+PAIRS: dict[str, Callable[[], Any]] = {
     "t5": lambda: T5Config(**_T5, num_layers=3),
     "flan-t5": lambda: T5Config(
         **_T5, num_layers=2, num_decoder_layers=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
     ),
     "bart": lambda: BartConfig(
         **_IDS, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=96, decoder_ffn_dim=80, max_position_embeddings=128,
+        encoder_ffn_dim=96, decoder_ffn_dim=80, max_position_embeddings=128, decoder_start_token_id=0,
     ),
 }  # fmt: skip
+
+
+EVERY = FAMILIES | PAIRS
+START = 0
 
 
 def float_model(config: Any, attention: str | None = "eager", untied: bool = False, seed: int = 0) -> Any:
@@ -108,32 +110,6 @@ def load(folder: Path, cache: Path, backend: Backend | None = None) -> Int8Model
     return load_int8(read_config(str(folder)), open_source(str(folder)), cache, backend or TorchBackend(), CPU)
 
 
-class _Originals:
-    """Float tensors by name, where a test has no folder of them."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensor = tensors.__getitem__
-
-
-def int8_twin(config: Any) -> Int8Model:
-    """A random model whose linears are made int8 in place, for families that cannot be loaded in int8 yet."""
-    module, backend, inputs, meter = float_model(config, None, untied=True), TorchBackend(), InputCache(), FlopMeter()
-    linears, originals, entries = {}, {}, {}
-    for path, linear in [(path, found) for path, found in module.named_modules() if is_linear(found)]:
-        name = f"{path}.weight"
-        originals[name] = linear.weight.detach().t() if is_transposed(linear) else linear.weight.detach()
-        weight = quantize_rows(originals[name].contiguous())
-        linears[name] = Int8Linear(weight, linear.bias, name=name, backend=backend, inputs=inputs, meter=meter)
-        entries[name] = Entry(name, name, 0, True, False)
-        linears[name].register_forward_hook(lambda *called: called[-1].clone())  # Falcon adds to a product in place
-        module.set_submodule(path, linears[name])
-    vectors = {name: parameter for name, parameter in module.named_parameters() if parameter.ndim < 2}
-    module.requires_grad_(False)
-    source: Any = _Originals(originals)
-    store: Any = None
-    return Int8Model(module, linears, vectors, "", False, meter, source, store, "", CPU, inputs, [], entries)
-
-
 def examples(count: int, seed: int = 0, vocabulary: int = VOCABULARY, longest: int = 20) -> list[Example]:
     """Rows of random ids: a prompt, then a completion that the prompt says something about."""
     draw = random.Random(seed)
@@ -144,9 +120,25 @@ def examples(count: int, seed: int = 0, vocabulary: int = VOCABULARY, longest: i
     return made
 
 
-def batch_of(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> Batch:
-    """One left-padded batch of random rows."""
-    return collate(examples(count, seed, vocabulary), 0)
+def batch_of(count: int, seed: int = 0, vocabulary: int = VOCABULARY, start: int | None = None) -> Batch:
+    """One batch of random rows; start: of an encoder-decoder, what its decoder begins with."""
+    return collate([replace(example, start=start) for example in examples(count, seed, vocabulary)], 0)
+
+
+def start_of(family: str) -> int | None:
+    """What the decoder of an encoder-decoder begins with."""
+    return START if family in PAIRS else None
+
+
+def logits_of(module: Any, batch: Batch) -> torch.Tensor:
+    """transformers' logits of the kept positions."""
+    inputs: dict[str, Any] = {"decoder_input_ids": batch.decoder_input_ids}
+    if batch.decoder_input_ids is None:
+        inputs = {"position_ids": batch.position_ids, "logits_to_keep": batch.shape.kept}
+    with torch.no_grad():
+        read = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        found: torch.Tensor = module(**read, **inputs, use_cache=False).logits
+        return found
 
 
 def some_selections(names: Sequence[str], count: int, seed: int = 0) -> list[set[str]]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgegt.data.examples import Example
 from edgegt.data.folder import DataFiles, data_files
 from edgegt.data.read import parse_columns, read_parts, read_rows, split_rows
 from edgegt.data.rows import BY_TEMPLATE, BadRow, Row, Source, Turn
-from edgegt.data.tokens import Example, TokenReport, tokenize
+from edgegt.data.tokens import TokenReport, tokenize
 
 if TYPE_CHECKING:
     from edgegt.data.batches import Batch, collate, length_bucketed, shape_of, split_micro

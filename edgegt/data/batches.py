@@ -5,6 +5,8 @@ makes the head run on the last K positions only. Position t predicts token t + 1
 and the last column of the logits belongs to the last completion token, EOS. Of a conversation the kept positions reach
 back to its first answer, with IGNORE between two answers. Labels are made from the completions, never by comparing ids
 with the padding id, which is EOS for many models: EOS is always learned.
+
+The two sides of an encoder-decoder are padded on the right, as models with learned positions expect it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from edgegt.cost import BatchShape
-from edgegt.data.tokens import IGNORE, Example
+from edgegt.data.examples import IGNORE, Example
 from edgegt.errors import InputError
 
 __all__ = ["IGNORE", "Batch", "collate", "length_bucketed", "shape_of", "split_micro"]
@@ -32,7 +34,8 @@ class Batch:
 
     input_ids, attention_mask, position_ids: [B, T] int64, positions from 0 at the first real token; labels: [B, K]
     int64, column j is what the j-th kept position predicts, IGNORE where nothing is learned; supervised: how many
-    labels are learned.
+    labels are learned. Of an encoder-decoder T is the encoder's and K the decoder's: decoder_input_ids are [B, K], and
+    position_ids say nothing.
     """
 
     input_ids: Tensor
@@ -41,6 +44,7 @@ class Batch:
     labels: Tensor
     shape: BatchShape
     supervised: int
+    decoder_input_ids: Tensor | None = None
 
 
 def length_bucketed(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -72,12 +76,15 @@ def shape_of(examples: Sequence[Example], max_length: int | None = None) -> Batc
     rounded = -(-longest // TOKENS_STEP) * TOKENS_STEP
     tokens = rounded if max_length is None else max(longest, min(rounded, max_length))
     labelled = sum(example.supervised for example in examples)
-    return BatchShape(len(examples), tokens, min(-(-kept // KEPT_STEP) * KEPT_STEP, tokens), labelled)
+    kept = -(-kept // KEPT_STEP) * KEPT_STEP
+    return BatchShape(len(examples), tokens, kept if examples[0].start is not None else min(kept, tokens), labelled)
 
 
 def collate(examples: Sequence[Example], pad_id: int, max_length: int | None = None) -> Batch:
-    """One left-padded batch of the shape that `shape_of` says."""
+    """One padded batch of the shape that `shape_of` says."""
     shape = shape_of(examples, max_length)
+    if examples[0].start is not None:
+        return _pairs(examples, shape, pad_id)
     input_ids = torch.full((shape.rows, shape.tokens), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     position_ids = torch.zeros_like(input_ids)
@@ -89,6 +96,21 @@ def collate(examples: Sequence[Example], pad_id: int, max_length: int | None = N
         position_ids[row, first:] = torch.arange(len(example.inputs))
         labels[row, shape.kept - len(example.targets) :] = torch.tensor(example.targets, dtype=torch.int64)
     return Batch(input_ids, attention_mask, position_ids, labels, shape, shape.labelled)
+
+
+def _pairs(examples: Sequence[Example], shape: BatchShape, pad_id: int) -> Batch:
+    """What an encoder reads, and what a decoder reads and learns: its start, then the answer moved on by one."""
+    input_ids = torch.full((shape.rows, shape.tokens), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    decoder_input_ids = torch.full((shape.rows, shape.kept), pad_id, dtype=torch.int64)
+    labels = torch.full_like(decoder_input_ids, IGNORE)
+    for row, example in enumerate(examples):
+        read, written = torch.tensor(example.inputs), torch.tensor(example.targets)
+        input_ids[row, : len(read)], attention_mask[row, : len(read)] = read, 1
+        labels[row, : len(written)] = written
+        decoder_input_ids[row, : len(written)] = torch.tensor(example.decoder_inputs)
+    positions = torch.zeros_like(input_ids)
+    return Batch(input_ids, attention_mask, positions, labels, shape, shape.labelled, decoder_input_ids)
 
 
 def split_micro(batch: Batch, rows: int) -> list[Batch]:
@@ -106,4 +128,5 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
         labels,
         BatchShape(stop - start, batch.shape.tokens, batch.shape.kept, labelled),
         labelled,
+        None if batch.decoder_input_ids is None else batch.decoder_input_ids[start:stop],
     )

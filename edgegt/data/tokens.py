@@ -15,63 +15,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from edgegt.data.chat import ChatTemplate, Piece, Refused
+from edgegt.data.examples import Example, Ids, Tokenizer, encode
 from edgegt.data.formats import SKIP
+from edgegt.data.pairs import pairs, within
 from edgegt.data.rows import Row
 from edgegt.errors import InputError
 
-IGNORE = -100
 KEPT_PROMPT = 16
 _REFUSED = "refused by the chat template"
 ANCHORS = ("", "\n", "\x01", "=")
-Ids = tuple[int, ...]
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    bos_token_id: Any
-    eos_token_id: Any
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any: ...
-
-    def decode(self, token_ids: list[int]) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row, or one piece of a long text, as ids: the prompt from BOS on, the completion to EOS unless it was cut.
-
-    gaps: ranges (first, end) of the completion that are read and not learned: what stands between two answers.
-    """
-
-    prompt: Ids
-    completion: Ids
-    row: Row
-    gaps: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def inputs(self) -> Ids:
-        """What the model reads: everything but the last token, which is only predicted."""
-        return (self.prompt + self.completion)[:-1]
-
-    @property
-    def targets(self) -> Ids:
-        """What is learned, predicted at the last `len(targets)` inputs, IGNORE in gaps.
-
-        Nothing predicts a text's very first token.
-        """
-        found = self.completion
-        for first, end in self.gaps:
-            found = found[:first] + (IGNORE,) * (end - first) + found[end:]
-        return found if self.prompt else found[1:]
-
-    @property
-    def supervised(self) -> int:
-        """How many tokens are learned."""
-        return len(self.completion) - sum(end - first for first, end in self.gaps) - (not self.prompt)
 
 
 @dataclass(frozen=True)
@@ -102,12 +56,13 @@ class TokenReport:
 
 
 def tokenize(
-    rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, skip_bad: bool = False
+    rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, skip_bad: bool = False, start: int | None = None
 ) -> tuple[list[Example], TokenReport]:
     """Examples of at most `max_length` inputs, in the order of the rows.
 
     Too long: the prompt loses its left (BOS and the last 16 tokens stay), then the completion its right and EOS; text
     without a prompt becomes consecutive pieces instead. skip_bad: drop conversations that the chat template refuses.
+    start: of an encoder-decoder, what its decoder begins with (see `pairs`).
     Raises: InputError when nothing is left to learn, or the tokenizer has no end-of-text token.
     """
     if max_length < 2:
@@ -120,12 +75,22 @@ def tokenize(
     examples: list[Example] = []
     kept: set[int] = set()
     cut: set[int] = set()
-    for place, whole in _encoded(rows, tokenizer, lead, skip_bad, dropped, notes):
-        if len(whole.completion) == 1:
+    if start is not None:
+        chats = _chats(rows, tokenizer, skip_bad, dropped, notes)
+        found = pairs(rows, tokenizer, start, chats, dropped)
+    else:
+        found = _encoded(rows, tokenizer, lead, skip_bad, dropped, notes)
+    nothing = 1 if start is None else len(encode(tokenizer, [""], special=True)[0])
+    for place, whole in found:
+        if len(whole.completion) <= nothing:
             dropped["no supervised token"] += 1
             continue
         kept.add(place)
-        if whole.row.prompt or whole.row.turns:
+        if start is not None:
+            examples.append(within(whole, max_length))
+            if examples[-1].length < whole.length:
+                cut.add(place)
+        elif whole.row.prompt or whole.row.turns:
             first = len(lead) if whole.prompt[: len(lead)] == lead else 0
             examples.append(_shortened(whole, first, max_length))
             if len(examples[-1].inputs) < len(whole.inputs):
@@ -180,13 +145,8 @@ def _encoded(
     A text that spells out BOS or EOS itself does not get a second one.
     """
     texts = _texts([row for row in rows if not row.turns], tokenizer)
-    chats: Iterator[tuple[int, Example]] = iter(())
-    if any(row.turns for row in rows):
-        template = ChatTemplate(tokenizer)
-        planned = _planned(rows, template, skip_bad, dropped)
-        notes.update(template.notes)
-        chats = _conversations(rows, tokenizer, planned, () if template.own else lead)
-    yield from chats
+    own = bool(getattr(tokenizer, "chat_template", None))
+    yield from _conversations(rows, tokenizer, _chats(rows, tokenizer, skip_bad, dropped, notes), () if own else lead)
     for place, row in enumerate(rows):
         if not row.turns:
             body, learned = next(texts)
@@ -198,10 +158,13 @@ def _ended(ids: Ids, tokenizer: Tokenizer) -> Ids:
     return ids if ids[-1:] == (tokenizer.eos_token_id,) else (*ids, tokenizer.eos_token_id)
 
 
-def _planned(
-    rows: Sequence[Row], template: ChatTemplate, skip_bad: bool, dropped: Counter[str]
+def _chats(
+    rows: Sequence[Row], tokenizer: Tokenizer, skip_bad: bool, dropped: Counter[str], notes: dict[str, int]
 ) -> list[tuple[int, tuple[Piece, ...]]]:  # fmt: skip
     """The examples of every conversation in pieces of text, each with the place of its row."""
+    if not any(row.turns for row in rows):
+        return []
+    template = ChatTemplate(tokenizer)
     planned: list[tuple[int, tuple[Piece, ...]]] = []
     for place, row in enumerate(rows):
         try:
@@ -210,13 +173,14 @@ def _planned(
             if not skip_bad:
                 raise InputError(f"row {row.number}: {error}, {SKIP}") from error
             dropped[_REFUSED] += 1
+    notes.update(template.notes)
     return planned
 
 
 def _conversations(
     rows: Sequence[Row], tokenizer: Tokenizer, planned: Sequence[tuple[int, tuple[Piece, ...]]], lead: Ids
 ) -> Iterator[tuple[int, Example]]:  # fmt: skip
-    heads = iter(_encode(tokenizer, [pieces[0].text for _, pieces in planned]))
+    heads = iter(encode(tokenizer, [pieces[0].text for _, pieces in planned]))
     later = iter(_continue(tokenizer, [piece.text for _, pieces in planned for piece in pieces[1:]]))
     for place, pieces in planned:
         prompt = lead + next(heads)
@@ -232,18 +196,11 @@ def _conversations(
 
 def _texts(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Ids]]:
     """Of every row the ids of its prompt and of its completion, without BOS and EOS."""
-    prompts = iter(_encode(tokenizer, [row.context for row in rows if row.prompt]))
+    prompts = iter(encode(tokenizer, [row.context for row in rows if row.prompt]))
     after = iter(_continue(tokenizer, [row.completion for row in rows if row.prompt]))
-    alone = iter(_encode(tokenizer, [row.completion for row in rows if not row.prompt]))
+    alone = iter(encode(tokenizer, [row.completion for row in rows if not row.prompt]))
     for row in rows:
         yield (next(prompts), next(after)) if row.prompt else ((), next(alone))
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
-    if not texts:
-        return []
-    # verbose=False: texts longer than the model's context are expected here and cut later
-    return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def _continue(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
@@ -253,9 +210,9 @@ def _continue(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
     """
     found: dict[int, Ids] = {}
     for anchor in (*(anchor for anchor in ANCHORS if _seamless(tokenizer, anchor)), ""):
-        head = _encode(tokenizer, [anchor])[0] if anchor else ()
+        head = encode(tokenizer, [anchor])[0] if anchor else ()
         pending = [index for index in range(len(texts)) if index not in found]
-        for index, ids in zip(pending, _encode(tokenizer, [anchor + texts[index] for index in pending]), strict=True):
+        for index, ids in zip(pending, encode(tokenizer, [anchor + texts[index] for index in pending]), strict=True):
             if ids[: len(head)] == head:
                 found[index] = ids[len(head) :]
     return [found[index] for index in range(len(texts))]
@@ -263,6 +220,6 @@ def _continue(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
 
 def _seamless(tokenizer: Tokenizer, anchor: str) -> bool:
     """Whether 'y', tokenised behind the anchor and put after 'x', reads 'xy'."""
-    first, head, both = _encode(tokenizer, ["x", anchor, anchor + "y"])
+    first, head, both = encode(tokenizer, ["x", anchor, anchor + "y"])
     tail = both[len(head) :]
     return both[: len(head)] == head and str(tokenizer.decode(list(first + tail))).strip() == "xy"
