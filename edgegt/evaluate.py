@@ -65,14 +65,22 @@ def answer(
             first = 0 if pairs else width - len(prompts[index])
             ids[row, first : first + len(prompts[index])] = torch.tensor(prompts[index])
             mask[row, first : first + len(prompts[index])] = 1
+        cache = {"past_key_values": _pair_cache()} if pairs else {}
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens, do_sample=False,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, **cache,
         )  # fmt: skip
         texts = tokenizer.batch_decode(out if pairs else out[:, width:], skip_special_tokens=True)
         for index, text in zip(part, texts, strict=True):
             answers[index] = text
     return answers
+
+
+def _pair_cache() -> Any:
+    """An empty cache that grows: the one of `generate` has the encoder's number of layers, whatever the decoder's is."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
 def exact_match(answers: Sequence[str], rows: Sequence[Row]) -> float:
