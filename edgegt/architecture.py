@@ -136,6 +136,20 @@ def block_in(name: str, stacks: Sequence[tuple[str, int]], head: str) -> int:
     return first if name == head or "emb" not in name else -1
 
 
+def has_own_head(config: Any) -> bool:
+    """Whether the head is a matrix of its own although the config ties it to the embedding, as T5's always does.
+
+    transformers' T5Config keeps what the file said about ties in `scale_decoder_outputs`: false for FLAN-T5 and T5 1.1.
+    """
+    return getattr(config, "scale_decoder_outputs", None) is False
+
+
+def untie_head(model: Any) -> None:
+    """Give the head a matrix of its own, like the one it has."""
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+
+
 def head_name(model: Any) -> str:
     """Name of the output layer's weight."""
     head = model.get_output_embeddings()

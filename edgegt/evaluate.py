@@ -77,7 +77,7 @@ def answer(
 
 
 def _pair_cache() -> Any:
-    """An empty cache that grows: the one of `generate` has the encoder's number of layers, whatever the decoder's is."""
+    """An empty cache that grows: that of `generate` has the encoder's number of layers, whatever the decoder's is."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     return EncoderDecoderCache(DynamicCache(), DynamicCache())

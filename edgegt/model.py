@@ -16,7 +16,18 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from edgegt.architecture import auto_class, block_in, head_name, is_int8, is_linear, is_lookup, is_transposed, stacks_of
+from edgegt.architecture import (
+    auto_class,
+    block_in,
+    has_own_head,
+    head_name,
+    is_int8,
+    is_linear,
+    is_lookup,
+    is_transposed,
+    stacks_of,
+    untie_head,
+)
 from edgegt.attention import register_attention, use_causal
 from edgegt.errors import InputError
 from edgegt.flops import FlopMeter, attach
@@ -84,6 +95,8 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
     """
     model = skeleton(copy.deepcopy(config))
     head = head_name(model)
+    if _head_is_apart(model, source, head):
+        untie_head(model)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     embedding = _name_of(model, model.get_input_embeddings())
     entries = list(_entries(model, source, head, tied))
@@ -137,6 +150,18 @@ class _NoMatrices(TorchFunctionMode):
             if len(size) >= 2:
                 kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+def _head_is_apart(model: Any, source: Source, head: str) -> bool:
+    """Whether the files have a head of their own where the architecture ties it, as transformers sees it too."""
+    embedding = model.get_input_embeddings()
+    if model.get_output_embeddings().weight is not embedding.weight:
+        return False
+    stored = _renamed(model, source)
+    own, shared = stored.get(head), stored.get(_name_of(model, embedding))
+    if own is None or shared is None:
+        return False
+    return has_own_head(model.config) or not torch.equal(source.tensor(own), source.tensor(shared))
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -200,6 +225,7 @@ def _fill(
             linears[entry.name] = linear
             model.set_submodule(owner, linear)
         else:  # an encoder and a decoder look up in the same one
+            lookup = _lookup(weight, module)
             for path in [path for path, other in lookups if other.weight is module.weight]:
-                model.set_submodule(path, _lookup(weight, model.get_submodule(path)))
+                model.set_submodule(path, lookup)
     return linears

@@ -24,6 +24,7 @@ from edgegt.architecture import (
     all_layers,
     auto_class,
     block_in,
+    has_own_head,
     head_name,
     is_encoder_decoder,
     is_int8,
@@ -71,8 +72,8 @@ def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
         ) from error
     head = model.get_submodule(head_name(model).rpartition(".")[0])
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    tied = any(module.weight is head.weight for module in embeddings)
-    if tied:
+    shared = any(module.weight is head.weight for module in embeddings)
+    if shared:
         head.weight = nn.Parameter(torch.empty_like(head.weight))
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.ndim <= 2)
@@ -85,7 +86,7 @@ def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
             f"'{experts[0]}' has {model.get_parameter(experts[0]).ndim} dimensions: mixtures of experts and "
             "convolutions are not supported; give a dense decoder-only model"
         )
-    return model.eval(), tied
+    return model.eval(), shared and not has_own_head(config)
 
 
 def _as_trained(auto: Any, config: Any, dtype: torch.dtype) -> Any:

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from edgegt.cost import BatchShape
 from edgegt.data.batches import IGNORE, Batch, collate, length_bucketed, shape_of, split_micro
-from edgegt.data.read import Row, parse_columns, read_rows
 from edgegt.data.examples import Example
+from edgegt.data.read import Row, parse_columns, read_rows
 from edgegt.data.tokens import tokenize
 from edgegt.errors import InputError
 

@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from edgegt.data.batches import collate, shape_of, split_micro
 from edgegt.data.chat import ChatTemplate
+from edgegt.data.examples import IGNORE, Example
 from edgegt.data.read import read_rows, split_rows
 from edgegt.data.rows import BY_TEMPLATE, Row, Turn
-from edgegt.data.examples import IGNORE, Example
 from edgegt.data.tokens import tokenize
 from edgegt.errors import InputError
 

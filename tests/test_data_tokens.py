@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from edgegt.data.read import Row, parse_columns, read_rows
 from edgegt.data.examples import Example
+from edgegt.data.read import Row, parse_columns, read_rows
 from edgegt.data.tokens import tokenize
 from edgegt.errors import InputError
 

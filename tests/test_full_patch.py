@@ -17,13 +17,13 @@ from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
 from edgegt.patch import apply_patch, save_patch
 from edgegt.use import load_subject
-from tiny_models import CPU, FAMILIES, batch_of, load, save_model
+from tiny_models import CPU, EVERY, FAMILIES, batch_of, load, logits_of, save_model, start_of
 
 
-def trained(model: Any) -> Any:
+def trained(model: Any, start: int | None = None) -> Any:
     """The float model after two large steps on every tensor."""
     for seed in range(2):
-        batch = batch_of(4, seed=seed)
+        batch = batch_of(4, seed=seed, start=start)
         (supervised_loss(model, batch, CPU) / batch.supervised).backward()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -33,30 +33,22 @@ def trained(model: Any) -> Any:
     return model
 
 
-def logits(module: Any) -> torch.Tensor:
-    batch = batch_of(5, seed=9)
-    with torch.no_grad():
-        return module(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids,
-            use_cache=False, logits_to_keep=batch.shape.kept,
-        ).logits  # fmt: skip
-
-
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-untied", "gpt2", "opt", "gpt-neox"])
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "gpt2", "opt", "gpt-neox", "t5", "bart"])
 def test_the_patch_of_a_whole_model_gives_its_logits(family: str, tmp_path: Path) -> None:
-    module = save_model(tmp_path / "model", FAMILIES[family]())
+    module = save_model(tmp_path / "model", EVERY[family]())
     model: Int8Model = load(tmp_path / "model", tmp_path / "cache")
-    trained(module)
+    trained(module, start_of(family))
+    batch = batch_of(5, seed=9, start=start_of(family))
     path = tmp_path / "patch.safetensors"
     save_patch(path, whole_patch(module), model.fingerprint, "model", "0")
-    expected = logits(module)
-    assert off(logits(model.module), expected) > 0.2
+    expected = logits_of(module, batch)
+    assert off(logits_of(model.module, batch), expected) > 0.2
     apply_patch(model, path)
-    assert off(logits(model.module), expected) < 0.03
+    assert off(logits_of(model.module, batch), expected) < 0.03
     if model.tied:
         assert model.linears[model.head].weight is model.module.get_input_embeddings().weight
 
@@ -64,7 +56,8 @@ def test_the_patch_of_a_whole_model_gives_its_logits(family: str, tmp_path: Path
 def test_nothing_is_changed_by_a_patch_with_one_wrong_tensor(tmp_path: Path) -> None:
     module = save_model(tmp_path / "model", FAMILIES["opt"]())
     model = load(tmp_path / "model", tmp_path / "cache")
-    before = logits(model.module)
+    batch = batch_of(5, seed=9)
+    before = logits_of(model.module, batch)
     path = tmp_path / "patch.safetensors"
     good = {name: item.get() + 1 for name, item in whole_patch(module).items()}
     for name in ("model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight", "model.decoder.nothing"):
@@ -72,7 +65,7 @@ def test_nothing_is_changed_by_a_patch_with_one_wrong_tensor(tmp_path: Path) -> 
         save_patch(path, {**good, name: torch.zeros(3, 3)}, model.fingerprint, "model", "0")
         with pytest.raises(InputError, match=name.replace(".", r"\.")):
             apply_patch(model, path)
-        assert torch.equal(logits(model.module), before)
+        assert torch.equal(logits_of(model.module, batch), before)
 
 
 @pytest.mark.skipif(not runs.HERE, reason="no stories260K or no E2E rows under shared/data")

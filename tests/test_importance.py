@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import edgegt.chunks
 import edgegt.importance
-from edgegt.architecture import layers_of
+from edgegt.architecture import all_layers
 from edgegt.cost import BatchShape
 from edgegt.data import Batch, collate, split_micro
 from edgegt.head import logit_map
@@ -27,29 +27,31 @@ from edgegt.planner import Problem, plan
 from edgegt.quant import dequantize
 from edgegt.selection import Trainables
 from edgegt.trace import trace
-from tiny_models import FAMILIES, VOCABULARY, batch_of, examples, float_model, load, save_model
+from tiny_models import EVERY, FAMILIES, VOCABULARY, batch_of, examples, float_model, load, save_model, start_of
 
-COMPARED = ("llama", "gpt2", "opt")
+COMPARED = ("llama", "gpt2", "opt", "flan-t5")
 
 
 def model_of(family: str, folder: Path) -> Int8Model:
     if not (folder / "model").exists():
-        save_model(folder / "model", FAMILIES[family]())
+        save_model(folder / "model", EVERY[family]())
     return load(folder / "model", folder / "cache")
 
 
 def measure(model: Int8Model, batches: list[Batch], head_rows: torch.Tensor | None = None) -> dict[str, float]:
-    return importance(model, batches, model.module.get_submodule(layers_of(model.module)[0]), head_rows)
+    return importance(model, batches, all_layers(model.module), head_rows)
 
 
-def batches_of(seed: int = 0, rows: int = 8, count: int = 2, vocabulary: int = VOCABULARY) -> list[Batch]:
-    rows_of_one_length = examples(rows * count, seed, vocabulary)
-    return [collate(rows_of_one_length[start : start + rows], 0) for start in range(0, rows * count, rows)]
+def batches_of(
+    seed: int = 0, rows: int = 8, count: int = 2, vocabulary: int = VOCABULARY, start: int | None = None
+) -> list[Batch]:
+    rows_of_one_length = [replace(one, start=start) for one in examples(rows * count, seed, vocabulary)]
+    return [collate(rows_of_one_length[first : first + rows], 0) for first in range(0, rows * count, rows)]
 
 
 def float_twin(model: Int8Model, family: str) -> Any:
     """transformers' float model, untied, holding the int8 model's dequantised weights."""
-    twin = float_model(FAMILIES[family](), untied=True)
+    twin = float_model(EVERY[family](), untied=True)
     parameters = dict(twin.named_parameters())
     with torch.no_grad():
         for name, linear in model.linears.items():
@@ -60,7 +62,7 @@ def float_twin(model: Int8Model, family: str) -> Any:
         for name, module in model.module.named_modules():
             if type(module).__name__ == "Int8Embedding":
                 parameters[f"{name}.weight"].copy_(dequantize(module.weight))
-            elif "Positional" in type(module).__name__ or name.endswith("wpe"):
+            elif "Positional" in type(module).__name__ or name.endswith(("wpe", "relative_attention_bias")):
                 parameters[f"{name}.weight"].copy_(module.weight)
     return twin
 
@@ -102,7 +104,7 @@ def test_importance_is_that_of_a_float_model_with_the_same_weights(family: str, 
     The ratio is off by as much as the noise of int8 activations turns signs.
     """
     model = model_of(family, tmp_path)
-    batches = batches_of(rows=16, count=4, vocabulary=12)
+    batches = batches_of(rows=16, count=4, vocabulary=12, start=start_of(family))
     found, expected = measure(model, batches), reference(float_twin(model, family), batches, model)
     assert found.keys() == expected.keys()
     for kind in (model.linears, model.vectors):
@@ -157,10 +159,10 @@ def test_it_is_the_same_twice_and_while_tensors_are_trained(tmp_path: Path) -> N
     assert correlation(list(again.values()), list(first.values())) > 0.999
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_its_flops_are_the_cost_tables(family: str, tmp_path: Path) -> None:
     model = model_of(family, tmp_path)
-    batches, table = batches_of(), trace(FAMILIES[family]())
+    batches, table = batches_of(start=start_of(family)), trace(EVERY[family]())
     expected = table.probe_work().total([batch.shape for batch in batches])
     measure(model, batches)
     assert model.meter.total == pytest.approx(expected, rel=0.02)

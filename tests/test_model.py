@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgegt.architecture import all_layers, positions_of
+from edgegt.architecture import all_layers, positions_of, untie_head
 from edgegt.evaluate import answer
 from edgegt.job import within_positions
 from edgegt.loss import supervised_loss
@@ -74,6 +74,22 @@ def test_an_untied_head_is_stored_on_its_own(tmp_path: Path) -> None:
     assert f"{model.head}.q" in model.store.files
     tensors = load_file(str(tmp_path / "model" / "model.safetensors"))
     assert torch.equal(model.original(model.head), tensors["lm_head.weight"])
+
+
+def test_a_head_that_the_files_have_apart_is_not_the_embedding_whatever_the_config_says(tmp_path: Path) -> None:
+    """transformers does not tie them either, and FLAN-T5's config says tied since T5Config cannot say otherwise."""
+    for family in ("llama", "flan-t5"):
+        folder = tmp_path / family
+        reference = save_model(folder, EVERY[family]())
+        untie_head(reference)
+        with torch.no_grad():
+            reference.get_output_embeddings().weight.normal_()
+        reference.save_pretrained(folder)
+        model = load(folder, tmp_path / "cache")
+        assert not model.tied
+        batch = batch_of(6, start=start_of(family))
+        expected, found = logits_of(reference, batch), logits_of(model.module, batch)
+        assert float((found - expected).norm() / expected.norm()) < 0.04
 
 
 def test_gpt2s_conv1d_is_a_linear_with_its_weight_transposed(tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from edgegt.model import Int8Model
 from edgegt.optimizer import AdamW
 from edgegt.patch import apply_patch, read_patch, save_patch
 from edgegt.selection import Trainables
-from tiny_models import FAMILIES, batch_of, load, save_model
+from tiny_models import EVERY, FAMILIES, batch_of, load, logits_of, save_model, start_of
 
 
 def trained(
-    folder: Path, rounds: list[list[str]], master: str = "float32", head_rows: torch.Tensor | None = None
-) -> Trainables:
+    folder: Path, rounds: list[list[str]], master: str = "float32", head_rows: torch.Tensor | None = None,
+    start: int | None = None,
+) -> Trainables:  # fmt: skip
     """Two steps with each of these selections."""
     trainables = Trainables(load(folder, folder.parent / "cache"), AdamW(False), folder.parent / "parked")
     trainables.configure(Formats(master, "float32"), head_rows)
@@ -28,7 +29,7 @@ def trained(
     for names in rounds:
         trainables.select(names)
         for seed in range(2):
-            batch = batch_of(4, seed=seed)
+            batch = batch_of(4, seed=seed, start=start)
             (supervised_loss(model.module, batch, model.device) / batch.supervised).backward()
             for name, parameter in trainables.live.items():
                 assert parameter.grad is not None
@@ -38,10 +39,8 @@ def trained(
     return trainables
 
 
-def logits(model: Int8Model) -> torch.Tensor:
-    batch = batch_of(5, seed=9)
-    with torch.no_grad():
-        return model.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+def logits(model: Int8Model, start: int | None = None) -> torch.Tensor:
+    return logits_of(model.module, batch_of(5, seed=9, start=start))
 
 
 @pytest.fixture
@@ -50,18 +49,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2", "t5", "bart"])
 def test_a_patched_base_computes_bit_for_bit_what_training_ended_with(family: str, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    save_model(folder, FAMILIES[family]())
+    start, folder = start_of(family), tmp_path / "model"
+    save_model(folder, EVERY[family]())
     model = load(folder, tmp_path / "cache")
     names = [*model.linears, *model.vectors]
-    trainables = trained(folder, [names[::5], [*names[1::4], model.head]])
+    trainables = trained(folder, [names[::5], [*names[1::4], model.head]], start=start)
     save_patch(tmp_path / "patch.safetensors", trainables.masters(), model.fingerprint, "model", "0")
-    untouched = logits(model)
+    untouched = logits(model, start)
     apply_patch(model, tmp_path / "patch.safetensors")
-    assert torch.equal(logits(model), logits(trainables.model))
-    assert not torch.equal(logits(model), untouched)
+    assert torch.equal(logits(model, start), logits(trainables.model, start))
+    assert not torch.equal(logits(model, start), untouched)
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     BartConfig,
     BloomConfig,
     FalconConfig,
@@ -29,6 +27,7 @@ from transformers import (
     T5Config,
 )
 
+from edgegt.architecture import auto_class, has_own_head, untie_head
 from edgegt.data import Batch, Example, Row, collate
 from edgegt.model import Int8Model, load_int8
 from edgegt.quant import Backend, TorchBackend
@@ -41,7 +40,10 @@ _IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_tok
 _WIDE = {**_IDS, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 _ONE_OF_THREE = {**_WIDE, "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}
 _FALCON = {**_IDS, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-_T5 = {"decoder_start_token_id": 0, "vocab_size": VOCABULARY, "d_model": 64, "d_ff": 96, "num_heads": 4, "d_kv": 16}
+_T5 = {
+    "vocab_size": VOCABULARY, "d_model": 64, "d_ff": 96, "num_heads": 4, "d_kv": 16, "decoder_start_token_id": 0,
+    "initializer_factor": 0.3,
+}  # fmt: skip
 _GROUPED = {**_WIDE, "num_key_value_heads": 2, "max_position_embeddings": 128}
 
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -85,13 +87,12 @@ START = 0
 
 def float_model(config: Any, attention: str | None = "eager", untied: bool = False, seed: int = 0) -> Any:
     """transformers' own float32 model with random weights, in eval mode (no dropout); attention None: its default."""
-    config = copy.deepcopy(config)
-    if untied:
-        config.tie_word_embeddings = False
     torch.manual_seed(seed)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {} if attention is None else {"attn_implementation": attention}
-    return auto.from_config(config, dtype=torch.float32, **options).eval()
+    model = auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32, **options).eval()
+    if untied or has_own_head(config):
+        untie_head(model)
+    return model
 
 
 def save_model(folder: Path, config: Any, seed: int = 0, **options: Any) -> Any:
