@@ -239,7 +239,6 @@ def test_folders_without_safetensors_are_refused_with_a_remedy(tmp_path: Path) -
         ('{"model_type": "nosuch", "architectures": ["NoSuchForCausalLM"]}', "'NoSuchForCausalLM' is unknown"),
         ('{"architectures": ["LlamaForCausalLM"]}', "unknown"),
         ('{"model_type": ', "not valid JSON"),
-        ('{"model_type": "t5"}', "encoder-decoder"),
         ("[1, 2]", "config.json"),
     ],
 )
