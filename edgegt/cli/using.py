@@ -8,6 +8,7 @@ from typing import Any
 
 from edgegt.cli.parser import print_json
 from edgegt.errors import InputError
+from edgegt.metrics import METRICS
 
 
 def add_report(commands: Any, name: str) -> None:
@@ -42,6 +43,11 @@ def add_eval(commands: Any, name: str) -> None:
     )
     parser.add_argument("--max-length", type=int, help="tokens of a row of --data at most (default: the run's, or 512)")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows of --data that cannot be read")
+    parser.add_argument(
+        "--metrics", metavar="NAME,...", help=f"answer held-out rows and score them by some of: {', '.join(METRICS)}"
+    )
+    parser.add_argument("--answers", type=int, metavar="ROWS", help="rows answered for --metrics (default: 128)")
+    parser.add_argument("--tokens", type=int, help="new tokens of an answer at most (default: as references need, 128)")
     parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
     parser.set_defaults(handler=_eval)
 
@@ -51,15 +57,23 @@ def _eval(parsed: argparse.Namespace) -> int:
 
     numbers = evaluate_subject(
         parsed.run, parsed.model, parsed.patch, parsed.data, parsed.columns, parsed.max_length, parsed.skip_bad_rows,
-        parsed.format,
+        parsed.format, parsed.metrics, parsed.answers, parsed.tokens,
     )  # fmt: skip
     if parsed.json:
         print_json(numbers)
-    else:
-        for key, value in numbers.items():
-            text = "too large" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-            print(f"{key:<20} {text}")
+        return 0
+    scores = numbers.pop("scores", {})
+    for key, value in numbers.items():
+        print(f"{key:<20} {_number(value, 4)}")
+    if scores:
+        print("\nscore, from 0 to 100; perplexity is no percentage")
+    for key, value in scores.items():
+        print(f"{key:<20} {_number(value, 2)}")
     return 0
+
+
+def _number(value: Any, digits: int) -> str:
+    return "too large" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def add_generate(commands: Any, name: str) -> None:
