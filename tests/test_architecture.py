@@ -25,7 +25,7 @@ LAYERS = {
     "parts of a run": "train signals recompute evaluate keeper checkpoint selection importance patch speed budget job",
     "model and data": "model trace graph architecture attention fused head loss optimizer flops store source data quant"
     " native",
-    "surroundings": "folder log guard watch pacing sensors home process",
+    "surroundings": "folder log guard watch pacing sensors home process tensorboard",
     "without torch": "calibrated chunks options device profile host cost rates memory case solver"
     " baselines problem planner value explain frontier metrics",
     "files": "sealed disk",
