@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from edgegt.cli.completion import add_completion
 from edgegt.cli.machine import add_cache, add_calibrate, add_devices, add_doctor
 from edgegt.cli.parser import Parser
 from edgegt.cli.training import add_data, add_plan, add_run
@@ -24,7 +25,7 @@ from edgegt.version import __version__
 _COMMANDS = {
     "run": add_run, "plan": add_plan, "data": add_data, "devices": add_devices, "report": add_report,
     "eval": add_eval, "generate": add_generate, "doctor": add_doctor, "calibrate": add_calibrate,
-    "cache": add_cache,
+    "cache": add_cache, "completion": add_completion,
 }  # fmt: skip
 
 
@@ -87,5 +88,6 @@ def _parse(words: list[str]) -> argparse.Namespace:
         commands.choices.get(parsed.command, parser).error(f"unrecognized arguments: {' '.join(left)}")
     if parsed.command is None:
         parser.error(f"no command is named; commands: {', '.join(_COMMANDS)}")
+    parsed.parser = parser
     parsed.typed = shlex.join(["edgegt", *words])
     return parsed
