@@ -1,56 +1,29 @@
-"""Scalars for TensorBoard: what they hold, what a resumed run leaves of them, and a disk that takes no more."""
+"""Scalars for TensorBoard: what they hold, what is left where steps are repeated, and a disk that takes no more.
+
+Runs that are broken off with --tensorboard are in test_resume.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-import struct
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import runs
 from edgegt import disk
 from edgegt.cli import main
-from edgegt.disk import read_lines
-from edgegt.tensorboard import SHARE, TAGS, Scalars
+from edgegt.tensorboard import SHARE, Scalars
+from event_files import curves, events
 
 ENTRY = {"loss": 2.5, "lr": 1e-3, "tokens_per_s": 100.0, "step_s": 0.5, "bytes": 1, "peak_bytes": 2, "epoch": 0.1}
 
 
 def entry(step: int, **more: float) -> dict[str, Any]:
     return {"step": step, **ENTRY, "flops": 10 * step, **more}
-
-
-def events(folder: Path) -> list[Any]:
-    """Every whole record of the event files, in the order in which TensorBoard reads them; checksums are checked."""
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import masked_crc32c
-
-    found = []
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        while data:
-            (size,) = struct.unpack("<Q", data[:8])
-            event, sums = data[12 : 12 + size], (data[8:12], data[12 + size : 16 + size])
-            assert sums == tuple(struct.pack("<I", masked_crc32c(part)) for part in (data[:8], event))
-            found.append(Event.FromString(event))
-            data = data[16 + size :]
-    return found
-
-
-def curves(folder: Path) -> dict[str, dict[int, float]]:
-    """What TensorBoard shows: every tag's values by step, without those before a START that it purges."""
-    found: dict[str, dict[int, float]] = {}
-    for event in events(folder):
-        if event.WhichOneof("what") == "session_log":
-            found = {tag: {at: value for at, value in line.items() if at < event.step} for tag, line in found.items()}
-        for value in event.summary.value:
-            found.setdefault(value.tag, {})[event.step] = value.simple_value
-    return found
 
 
 def test_a_step_is_one_event_of_all_its_scalars(tmp_path: Path) -> None:
@@ -114,35 +87,3 @@ def test_without_the_package_nothing_is_made(
     assert main(["run", "--tensorboard", "--quiet"]) == 2
     assert capsys.readouterr().err == "edgegt: --tensorboard needs tensorboardX: pip install edgegt[tensorboard]\n"
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(not runs.HERE, reason="no stories260K or no E2E rows under shared/data")
-def test_a_run_that_died_goes_on_in_its_curves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, real = tmp_path / "run", disk.Lines.add
-    for key, value in runs.environment(tmp_path / "cache").items():
-        monkeypatch.setenv(key, value)
-    words = runs.words(
-        folder, "--tensorboard", "--checkpoint-every", "4", "--rho", "0.6", data=runs.some_rows(tmp_path)
-    )
-
-    def until(self: disk.Lines, tree: dict[str, Any]) -> None:
-        real(self, tree)
-        if self.path == folder / "metrics.jsonl" and tree["step"] == 7:
-            raise RuntimeError("died")
-
-    monkeypatch.setattr(disk.Lines, "add", until)
-    with pytest.raises(RuntimeError, match="died"):
-        main([*words, "--quiet"])
-    assert max(curves(folder / "tensorboard")["train/loss"]) == 6
-    monkeypatch.setattr(disk.Lines, "add", real)
-    assert main(["run", "--resume", str(folder), "--quiet"]) == 0
-    steps, found = read_lines(folder / "metrics.jsonl"), curves(folder / "tensorboard")
-    assert [line["step"] for line in steps] == list(range(1, 13))
-    for name in ("loss", "lr", "tokens_per_s", "peak_bytes"):
-        assert found[TAGS[name]] == pytest.approx({line["step"]: line[name] for line in steps})
-    ratio = runs.read(folder, "run.json")["measured"]["flops_ratio"]
-    assert found[SHARE][12] == pytest.approx(ratio, rel=1e-5)
-    assert len(list((folder / "tensorboard").iterdir())) == 2
-    assert runs.read(folder, "options.json")["tensorboard"] is True
