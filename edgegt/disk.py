@@ -67,6 +67,17 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
         left = left[count:]
 
 
+def append(file: BinaryIO, data: bytes) -> None:
+    """Write all of it at the end of the file; what did not fit is taken back. Raises: OSError."""
+    start = file.seek(0, os.SEEK_END)
+    try:
+        write_all(file, data)
+    except OSError:
+        with suppress(OSError):
+            file.truncate(start)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all. Raises: DiskError."""
     data = text.encode("utf-8")
@@ -98,17 +109,12 @@ class Lines:
     def add(self, tree: dict[str, Any]) -> None:
         """Append one line; a line that did not fit is taken back. Raises: DiskError."""
         data = (json.dumps(tree) + "\n").encode()
-        start = None
         try:
             if self._file is None:
                 self._file = open_file(self.path, append=True)
                 data = self._after_a_torn_line() + data
-            start = self._file.seek(0, os.SEEK_END)
-            write_all(self._file, data)
+            append(self._file, data)
         except OSError as error:
-            with suppress(OSError):
-                if start is not None and self._file is not None:
-                    self._file.truncate(start)
             raise fault(self.path, error, len(data)) from error
 
     def _after_a_torn_line(self) -> bytes:

@@ -49,6 +49,10 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
     def patch(self) -> Path:
         return self.path / "patch.safetensors"
 
@@ -94,8 +98,9 @@ class RunFolder:
         for path in self.path.iterdir():
             if path.name in _WRITTEN or re.fullmatch(r"plan-\d+\.json", path.name):
                 path.unlink(missing_ok=True)
-        if not self.checkpoints.is_symlink():
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in (self.checkpoints, self.tensorboard):
+            if not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self) -> None:
         """Delete the folder and release it: nothing was trained."""

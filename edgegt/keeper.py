@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgegt.checkpoint import Checkpoints
@@ -19,6 +20,7 @@ from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.pacing import Pacer
 from edgegt.sensors import Reading, Sensors
+from edgegt.tensorboard import Scalars
 from edgegt.watch import MemoryWatch
 
 if TYPE_CHECKING:
@@ -47,15 +49,36 @@ class Machine:
     sleep: Callable[[float], None] = time.sleep
 
 
+class Metrics(Lines):
+    """metrics.jsonl, and the same as scalars where they are wanted."""
+
+    def __init__(self, path: Path, scalars: Scalars | None) -> None:
+        super().__init__(path)
+        self.scalars = scalars
+
+    def add(self, tree: dict[str, Any]) -> None:
+        """Append one line. Raises: DiskError, for the line and not for its scalars."""
+        super().add(tree)
+        if self.scalars is not None:
+            self.scalars.add(tree)
+
+    def close(self) -> None:
+        """Close both; more lines open them again."""
+        super().close()
+        if self.scalars is not None:
+            self.scalars.close()
+
+
 class Keeper:
     """Keeps one run. common: what every checkpoint holds beside the trainee's state; started: by time.perf_counter."""
 
     def __init__(
         self, folder: RunFolder, options: RunOptions, sensors: Sensors, ceiling_c: float | None, watch: MemoryWatch,
         budget_bytes: int, machine: Machine, log: Log, common: dict[str, Any], started: float,
+        scalars: Scalars | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.log, self.common = folder, log, common
-        self.metrics, self.events = Lines(folder.metrics), Lines(folder.events)
+        self.metrics, self.events = Metrics(folder.metrics, scalars), Lines(folder.events)
         self.checkpoints = Checkpoints(folder.checkpoints, self.metrics.synchronise)
         self.guard = MemoryGuard(watch, budget_bytes, machine.available or watch.available, machine.clock)
         self.kept: Kept | None = None
@@ -128,6 +151,8 @@ class Keeper:
     def cut_metrics(self, step: int) -> None:
         """Leave out of metrics.jsonl what came after this step, and lines that were torn. Raises: DiskError."""
         self.metrics.close()
+        if self.metrics.scalars is not None:
+            self.metrics.scalars.cut(step)
         path = self.folder.metrics
         if not path.is_file():
             return

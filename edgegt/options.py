@@ -70,6 +70,7 @@ class RunOptions:
         None, "percent of the battery below which the run waits for mains, with a checkpoint (default: any)"
     )
     only_on_mains: bool = _option(False, "wait, with a checkpoint, while the machine runs on its battery")
+    tensorboard: bool = _option(False, "write the curves for TensorBoard too, into the run folder's tensorboard/")
     examples: bool = _option(True, "keep examples of the user's text in the run folder")
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from edgegt.options import RunOptions, options_of
 from edgegt.prepare import Decisions, Setup, prepare
 from edgegt.process import share_the_machine, terminated_is_interrupted, trim
 from edgegt.sensors import MachineSensors, nvidia_gpu
+from edgegt.tensorboard import Scalars, check_tensorboard
 from edgegt.units import format_duration
 from edgegt.version import __version__
 
@@ -43,6 +44,7 @@ def run(options: RunOptions, log: Log | None = None, command: str = "", machine:
     log = log or Log()
     share_the_machine()
     with terminated_is_interrupted():
+        check_tensorboard(options.tensorboard)
         check_output(options.output)
         folder = claim_folder(options)
         log.say(f"run folder: {folder.path}")
@@ -79,6 +81,7 @@ def resume(path: Path, log: Log | None = None, command: str = "", machine: Machi
                     "one; begin a new run"
                 )
             options = folder.options() if saved is None else options_of(saved.state["options"], saved.sealed.path)
+            check_tensorboard(options.tensorboard)
             if saved is None:
                 log.say(f"'{path}' has no checkpoint: the run starts over")
                 folder.clear()
@@ -201,9 +204,11 @@ def keeper_of(setup: Setup, folder: RunFolder, log: Log, machine: Machine | None
     # The ceiling of another machine says nothing about this one; `auto` takes the profile that is nearest to it.
     mine = setup.resolved.on_board or setup.options.device == "auto" or machine.sensors is not None
     ceiling_c = setup.resolved.profile.ceiling_c if mine else None
+    scalars = Scalars(folder.tensorboard, setup.full_flops, log.fallback) if setup.options.tensorboard else None
     return Keeper(
-        folder, setup.options, sensors, ceiling_c, setup.watch, setup.memory_bytes, machine, log, common, setup.started
-    )
+        folder, setup.options, sensors, ceiling_c, setup.watch, setup.memory_bytes, machine, log, common, setup.started,
+        scalars,
+    )  # fmt: skip
 
 
 def trainee_of(setup: Setup, log: Log, keeper: Keeper) -> Any:

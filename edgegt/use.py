@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgegt import home
 from edgegt.errors import InputError
 from edgegt.folder import RunFolder
 from edgegt.log import Log
+from edgegt.metrics import asks, parse_metrics, score
 from edgegt.options import DATA_FORMATS, RunOptions
 from edgegt.units import format_text
+
+if TYPE_CHECKING:
+    from edgegt.data import Example
+
+# Of `edgegt eval --metrics`: rows that are answered unless told, and new tokens of an answer at most.
+ANSWERED_ROWS = 128
+ANSWER_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -115,10 +124,15 @@ def evaluate_subject(
     max_length: int | None = None,
     skip_bad_rows: bool = False,
     layout: str | None = None,
+    metrics: str | None = None,
+    answers: int | None = None,
+    tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Loss, perplexity, tokens and rows on --data, or on the rows that the run held out.
+    """Loss, perplexity, tokens and rows on --data, or on the rows that the run held out; and the scores of answers.
 
     columns, layout, max_length: how `data` is read; by default as the run read its own (a model alone: 512 tokens).
+    metrics: names of `metrics.METRICS`, divided by commas; answers: rows that are answered for them, spread evenly
+    (default: 128); tokens: new tokens of an answer at most (default: what the longest reference takes, 128 at most).
     """
     from edgegt.architecture import positions_of
     from edgegt.data import parse_columns, read_rows, tokenize
@@ -131,6 +145,7 @@ def evaluate_subject(
         raise InputError(
             "--columns, --format and --max-length go with --data: held-out rows are read as the run read them"
         )
+    names = _checked_metrics(metrics, answers, tokens)
     own = RunFolder(Path(run)).options() if run is not None else RunOptions()
     if max_length is not None and max_length < 8:
         raise InputError(f"--max-length {max_length} is out of range: give a number at least 8")
@@ -148,6 +163,54 @@ def evaluate_subject(
     else:
         assert subject.options is not None
         examples = read_corpus(subject.options, subject.tokenizer, subject.start).held_out
+    asked = _questions(examples, answers or ANSWERED_ROWS, names)
     pad = subject.tokenizer.pad_token_id
     pad = subject.tokenizer.eos_token_id if pad is None else pad
-    return held_out_loss(subject.module, examples, pad, 16, subject.device)
+    numbers = held_out_loss(subject.module, examples, pad, 16, subject.device)
+    if not names:
+        return numbers
+    scores: dict[str, Any] = {"perplexity": numbers["perplexity"]} if "perplexity" in names else {}
+    return numbers | (_answered(subject, asked, names, tokens, scores) if asked else {"scores": scores})
+
+
+def _questions(examples: Sequence[Example], count: int, names: Sequence[str]) -> list[Example]:
+    """At most `count` of the examples that ask something, one per row, spread evenly; none where no metric needs them.
+
+    Raises: InputError when there is nothing to answer.
+    """
+    if not asks(names):
+        return []
+    asking = {id(one.row): one for one in reversed(examples) if one.row.prompt or one.row.turns}
+    found = list(reversed(asking.values()))
+    if not found:
+        raise InputError("the rows are plain text and ask nothing: leave out --metrics, or give perplexity alone")
+    return [found[place * len(found) // count] for place in range(count)] if count < len(found) else found
+
+
+def _answered(
+    subject: Subject, asked: Sequence[Example], names: Sequence[str], tokens: int | None, scores: dict[str, Any]
+) -> dict[str, Any]:
+    """How many rows were answered with how many new tokens at most, and `scores` with those of the answers."""
+    from edgegt.evaluate import answer
+
+    references = [tuple(dict.fromkeys((one.row.completion, *one.row.references))) for one in asked]
+    if tokens is None:
+        written = [text for right in references for text in right]
+        longest = max(len(ids) for ids in subject.tokenizer(written, add_special_tokens=False)["input_ids"])
+        tokens = min(ANSWER_TOKENS, longest + 8)
+    prompts = list(dict.fromkeys(one.prompt for one in asked))
+    Log().say(f"answering {len(asked)} rows with at most {tokens} new tokens each")
+    answers = answer(subject.module, subject.tokenizer, prompts, tokens, 16, subject.device)
+    said = dict(zip(prompts, answers, strict=True))
+    found = score(names, [said[one.prompt].strip() for one in asked], references)
+    return {"answers": len(asked), "answer_tokens": tokens, "scores": scores | found}
+
+
+def _checked_metrics(metrics: str | None, answers: int | None, tokens: int | None) -> tuple[str, ...]:
+    """The names of --metrics. Raises: InputError, also for a number out of range or one that nothing reads."""
+    for flag, value in (("--answers", answers), ("--tokens", tokens)):
+        if value is not None and metrics is None:
+            raise InputError(f"{flag} goes with --metrics: without it nothing is answered")
+        if value is not None and value < 1:
+            raise InputError(f"{flag} {value} is out of range: give a positive whole number")
+    return () if metrics is None else parse_metrics(metrics)

@@ -14,7 +14,10 @@ from edgegt.options import RunOptions, flag
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (".py", ".j2", ".c", ".h", ".cpp")
-OTHER_FLAGS = {"--config", "--resume", "--explain", "--frontier", "--help", "--model", "--patch", "--extra-index-url"}
+OTHER_FLAGS = {
+    "--config", "--resume", "--explain", "--frontier", "--help", "--model", "--patch", "--extra-index-url",
+    "--metrics", "--answers", "--tokens", "--logdir",
+}  # fmt: skip
 
 
 @cache

@@ -34,7 +34,9 @@ from edgegt.problem import Problem
 from edgegt.rounds import Rounds, Standing
 from edgegt.run import resume, run
 from edgegt.sensors import Reading
+from edgegt.tensorboard import SHARE, TAGS
 from edgegt.watch import MemoryWatch
+from event_files import curves
 
 pytestmark = pytest.mark.skipif(not runs.HERE, reason="no stories260K or no E2E rows under shared/data")
 STEPS = 24
@@ -120,10 +122,14 @@ def broken_off(folder: Path, rows: Path, step: int, **more: Any) -> Path:
 
 @pytest.mark.parametrize("step", [1, 7, 12, 13, 24])
 def test_a_run_that_died_goes_on_with_the_same_bits(step: int, rows: Path, whole: Path, tmp_path: Path) -> None:
-    folder = broken_off(tmp_path / "run", rows, step)
+    folder = broken_off(tmp_path / "run", rows, step, tensorboard=True)
     assert len(read_lines(folder / "metrics.jsonl")) == step
     resume(folder, QUIET)
     assert essence(folder) == essence(whole)
+    lines, shown = read_lines(folder / "metrics.jsonl"), curves(folder / "tensorboard")
+    for name in ("loss", "lr", "tokens_per_s", "peak_bytes"):
+        assert shown[TAGS[name]] == pytest.approx({line["step"]: line[name] for line in lines})
+    assert shown[SHARE][STEPS] == pytest.approx(runs.read(folder, "run.json")["measured"]["flops_ratio"])
     about = runs.read(folder, "run.json")
     assert about["finished"] is True and len(about["sessions"]) == 2
     assert about["measured"]["flops"] == runs.read(whole, "run.json")["measured"]["flops"]

@@ -44,7 +44,8 @@ class Taken:
 
 def child(limit_file: Path, arguments: list[str]) -> None:
     """`edgegt run` where a file says how much this process may hold; prints its peak since the last step back."""
-    from edgegt.cli import _options, _parse
+    from edgegt.cli import _parse
+    from edgegt.cli.parser import options_given
     from edgegt.keeper import Machine
     from edgegt.log import Log
     from edgegt.run import run
@@ -54,7 +55,7 @@ def child(limit_file: Path, arguments: list[str]) -> None:
         return max(0, int(limit_file.read_text(encoding="ascii")) - resident_bytes())
 
     injected = str(limit_file) != os.devnull
-    run(_options(_parse(arguments)), Log(quiet=True), machine=Machine(available=available if injected else None))
+    run(options_given(_parse(arguments)), Log(quiet=True), machine=Machine(available=available if injected else None))
     print(peak_resident_bytes())
 
 
