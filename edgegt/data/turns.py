@@ -16,6 +16,9 @@ ROLES = {
 }  # fmt: skip
 _ROLE_KEYS = ("role", "from", "speaker")
 _TEXT_KEYS = ("content", "value", "text")
+# What a turn may have beside its text and would lose: calls of tools, reasoning, and not being learned.
+_LOST = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_SWITCHES = ("weight", "train")
 _WANTED = 'turns such as {"role": "user", "content": "..."}'
 
 
@@ -54,6 +57,10 @@ def _turn(value: object, place: int) -> Turn | Fault | None:
         near = format_text(nearest(role, ROLES) if isinstance(role, str) and len(role) < 40 else "")
         reason = f"turn {place} has the unknown role '{shown}'"
         return Fault(reason, f": {reason}{near}: use one of {', '.join(ROLES)}")
+    lost = [key for key in _LOST if value.get(key)] + [key for key in _SWITCHES if value.get(key) in (0, "0")]
+    if lost:
+        reason = f"turn {place} ({known}) has '{lost[0]}', which is not heeded"
+        return Fault(reason, f": {reason}: delete it or the row")
     text = _content(value[text_key])
     if text is None:
         reason = f"turn {place} ({known}) is not text"
