@@ -337,6 +337,15 @@ def test_roles_and_keys_of_the_usual_files(tmp_path: Path) -> None:
     source = read_rows(write(tmp_path, rows), None)
     assert [list(found.turns) for found in source.rows] == [[Turn("system", "Be"), *said]]
     assert source.layout == "conversations"
+    rows = [
+        {"messages": [HI, HELLO], "system": [{"type": "text", "text": "Be"}]},
+        {"messages": [HI, HELLO], "system": ""},
+    ]
+    source = read_rows(write(tmp_path, rows), None)
+    assert [list(found.turns) for found in source.rows] == [[Turn("system", "Be"), *said], said]
+    path = write(tmp_path, [{"messages": [HI, HELLO], "system": {"a": 1}}])
+    with pytest.raises(InputError, match="row 1: field 'system' is not text: write it as a text"):
+        read_rows(path, None)
     rows = [{"a": {"talk": [{"speaker": "USER", "text": "hi"}, {"speaker": "ASSISTANT", "text": "hello"}]}}]
     assert list(read_rows(write(tmp_path, rows), {"messages": "a.talk"}).rows[0].turns) == said
 

@@ -90,8 +90,9 @@ def test_nan_is_nothing(tmp_path: Path) -> None:
     assert (source.rows, source.dropped) == ((Row("", "a", 2),), {"empty text": 1})
 
 
-def test_semicolons_of_spreadsheets(tmp_path: Path) -> None:
+def test_semicolons_of_spreadsheets_and_tabs(tmp_path: Path) -> None:
     assert read_rows(write(tmp_path, "d.csv", "text;n\na, b;1\n"), None).rows == (Row("", "a, b", 2),)
+    assert read_rows(write(tmp_path, "d.csv", "text\tn\na, b;\t1\n"), None).rows == (Row("", "a, b;", 2),)
 
 
 @pytest.mark.parametrize(

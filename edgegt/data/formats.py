@@ -134,9 +134,9 @@ def _object(value: object) -> Fields | Fault:
 
 
 def _csv(text: str, path: Path) -> Iterator[Record]:
-    """Spreadsheets of some countries write semicolons."""
+    """Spreadsheets of some countries write semicolons, and some programs tabs."""
     first = text.partition("\n")[0]
-    return _table(text, path, ";" if ";" in first and "," not in first else ",")
+    return _table(text, path, next((one for one in ",;\t" if one in first), ","))
 
 
 def _table(text: str, path: Path, delimiter: str = "\t") -> Iterator[Record]:

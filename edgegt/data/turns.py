@@ -23,14 +23,18 @@ _WANTED = 'turns such as {"role": "user", "content": "..."}'
 
 
 def read_turns(record: Fields, field: str) -> tuple[Turn, ...] | Fault:
-    """The turns in a field of a record; a `system` text beside sharegpt's conversations becomes the first of them."""
+    """The turns in a field of a record; a `system` text beside messages or conversations becomes the first of them."""
     value, short = lookup(record, field), format_text(field, 20)
     if not isinstance(value, list):
         reason = f"field '{short}' is {'not there' if value is ABSENT else 'no list of turns'}"
         return Fault(reason, f": {reason}: write a list of {_WANTED}")
     turns: list[Turn] = []
-    if field == "conversations" and isinstance(beside := record.get("system"), str) and beside.strip():
-        turns.append(Turn("system", beside))
+    if field in ("messages", "conversations") and record.get("system"):
+        beside = _content(record["system"])
+        if beside is None:
+            reason = "field 'system' is not text"
+            return Fault(reason, f": {reason}: write it as a text")
+        turns += [Turn("system", beside)] if beside.strip() else []
     for place, one in enumerate(value, start=1):
         turn = _turn(one, place)
         if isinstance(turn, Fault):
