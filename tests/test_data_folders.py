@@ -15,8 +15,11 @@ from edgegt.options import RunOptions
 from edgegt.survey import survey, survey_text
 
 pytestmark = pytest.mark.skipif(not runs.HERE, reason="no stories260K or no E2E rows under shared/data")
-# Those whose rows take longest to tokenise.
-LONG = ("scitldr", "persona_chat", "tinyshakespeare")
+# Those that take longest, or hold what another one holds as well.
+LONG = (
+    "scitldr", "persona_chat", "tinyshakespeare", "dialogsum/dialogsum.dev.jsonl", "webquestions", "e2e",
+    "tinystories/tinystories.txt",
+)  # fmt: skip
 
 
 def cases(slow: tuple[str, ...] = ()) -> list[object]:
@@ -43,13 +46,16 @@ def test_data_says_what_would_be_learned(folder: Folder) -> None:
 
 @pytest.mark.parametrize("folder", cases(LONG))
 def test_one_step(folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`edgegt data` and then `edgegt run` with the same words: what the one says, the other trains on."""
+    """`edgegt data` and then `edgegt run` with the same words: what the one says, the other trains on.
+
+    The last layers, because measuring importance takes more than one step may cost.
+    """
     given = [*folder.words, "--model", str(runs.STORIES), "--max-length", "96"]
     assert main(["data", *given, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["files"]
     out, more = tmp_path / "run", ["--steps", "1", "--batch-size", "4", "--eval-rows", "4", "--threads", "1"]
-    words = ["run", "--device", "jetson", "--data", *given, *more, "--output", str(out), "--quiet", "--no-examples"]
-    assert main(words) == 0
+    more += ["--strategy", "last-layers", "--output", str(out), "--quiet", "--no-examples"]
+    assert main(["run", "--device", "jetson", "--data", *given, *more]) == 0
     about, (line,) = runs.read(out, "run.json"), (out / "metrics.jsonl").read_text().splitlines()
     assert about["finished"] is True and 0 < json.loads(line)["loss"] < 20
     assert f"{about['data']['format']}, {about['data']['layout']}" == folder.said
