@@ -1,5 +1,8 @@
 # The commands of the developers and of .ci/run. They use the Python of the active environment.
 PYTHON ?= python
+# Test processes, of up to a GiB each. Neighbouring tests stay in one process, since they share what they prepared.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist worksteal
 
 .PHONY: check fmt test test-all test-gpu
 
@@ -9,10 +12,10 @@ check:  ## lint, format and types; `make fmt` mends what it can
 	$(PYTHON) -m mypy --strict edgegt tools
 
 test:  ## at most 10 minutes on 2 cores
-	$(PYTHON) -m pytest -m "not slow and not gpu"
+	$(PYTHON) -m pytest $(PARALLEL) -m "not slow and not gpu"
 
 test-all:  ## everything that this machine can run
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(PARALLEL)
 
 test-gpu:  ## what needs CUDA; without it every test is shown as skipped
 	$(PYTHON) -m pytest -m gpu

@@ -81,6 +81,7 @@ DATA: list[tuple[str, str | bytes, str | None, str]] = [
     ("d.csv", 'text,n\na,1\n"b,2\n', None, f"'d.csv' row 3: unexpected end of data: {CLOSE}, {SKIP}"),
     ("d.tsv", 'text\tn\n"b"x\t2\n', None, f"'d.tsv' row 2: '\\t' expected after '\"': {CLOSE}, {SKIP}"),
     ("d.csv", '"text\nn,1\n', None, f"'d.csv' row 1: unexpected end of data: {CLOSE}"),
+    ("d.csv", "text,n,text\na,1,b\n", None, "'d.csv' has the column 'text' twice: rename one of them"),
     ("d.csv", '"te\nxt",n\na,1\n', "text=text",
      "'d.csv' has no column 'text' (did you mean 'te\\nxt'?): it has 'te\\nxt', 'n'; correct --columns"),
     ("d.csv", "mr," + "x" * 200_000 + "\na,b\n", None, f"'d.csv' {NEITHER} 'mr', '{'x' * 37}...'; use {ROLES}"),

@@ -201,6 +201,28 @@ def test_a_template_without_any_end_learns_the_end_of_text_after_the_last_answer
     assert (ids, labels) == by_hand(tokenizer, reference)
 
 
+@pytest.mark.parametrize("answer", ["s", "<", "assistant", "im"])
+@pytest.mark.parametrize("asks", [True, False], ids=["with generation prompt", "without"])
+def test_a_short_answer_is_not_mistaken_for_a_part_of_its_header(answer: str, asks: bool) -> None:
+    template = CHATML if asks else CHATML.partition("{%- if add_generation_prompt")[0]
+    tokenizer = tokenizer_of(template, eos="<|im_end|>", bos=None)
+    example = one(tokenizer, (Turn("system", "Be brief."), Turn("user", "Which?"), Turn("assistant", answer)))
+    reference = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhich?<|im_end|>\n<|im_start|>assistant\n"
+        f"«{answer}<|im_end|>»"
+    )
+    assert read_and_learned(example) == by_hand(tokenizer, reference)
+
+
+def test_a_template_that_writes_the_date_is_named() -> None:
+    """A run that is resumed on another day would go on with other tokens."""
+    dated = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\\n' }}" + LLAMA3
+    tokenizer = tokenizer_of(dated, eos="<|eot_id|>", bos="<|begin_of_text|>")
+    (example,), report = tokenize([row(TURNS[1:3])], tokenizer, 4096)
+    assert tokenizer.decode(list(example.prompt)).startswith("Today is ")
+    assert report.notes == ("the chat template may write today's date: on another day the same rows are other tokens",)
+
+
 def test_a_template_that_changes_earlier_answers_gives_one_example_each() -> None:
     tokenizer = tokenizer_of(QWEN3, "<|im_end|>", bos=None)
     examples, report = tokenize([row(TURNS[1:])], tokenizer, 4096)
@@ -316,6 +338,15 @@ def test_roles_and_keys_of_the_usual_files(tmp_path: Path) -> None:
     source = read_rows(write(tmp_path, rows), None)
     assert [list(found.turns) for found in source.rows] == [[Turn("system", "Be"), *said]]
     assert source.layout == "conversations"
+    rows = [
+        {"messages": [HI, HELLO], "system": [{"type": "text", "text": "Be"}]},
+        {"messages": [HI, HELLO], "system": ""},
+    ]
+    source = read_rows(write(tmp_path, rows), None)
+    assert [list(found.turns) for found in source.rows] == [[Turn("system", "Be"), *said], said]
+    path = write(tmp_path, [{"messages": [HI, HELLO], "system": {"a": 1}}])
+    with pytest.raises(InputError, match="row 1: field 'system' is not text: write it as a text"):
+        read_rows(path, None)
     rows = [{"a": {"talk": [{"speaker": "USER", "text": "hi"}, {"speaker": "ASSISTANT", "text": "hello"}]}}]
     assert list(read_rows(write(tmp_path, rows), {"messages": "a.talk"}).rows[0].turns) == said
 
@@ -338,6 +369,12 @@ HI, HELLO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": 
          "turn 2 has the unknown role '3': use one of system, developer, user, human, assistant, model, gpt, tool"),
         ([{"role": "user", "content": [{"type": "image"}]}, HELLO],
          "turn 1 (user) is not text: only text is learned; write it as a text"),
+        ([HI, {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
+         "turn 2 (assistant) has 'tool_calls', which is not heeded: delete it or the row"),
+        ([{**HI, "weight": 1}, {**HELLO, "tool_calls": [], "weight": 0}],
+         "turn 2 (assistant) has 'weight', which is not heeded: delete it or the row"),
+        ([HI, {**HELLO, "train": False}],
+         "turn 2 (assistant) has 'train', which is not heeded: delete it or the row"),
         ("hi", "field 'messages' is no list of turns: write a list of turns such as {\"role\": \"user\", \"content\": "
          "\"...\"}"),
     ],

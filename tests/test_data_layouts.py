@@ -219,6 +219,7 @@ def test_a_hugging_face_dataset_on_disk(arrow: Any, tmp_path: Path) -> None:
         (["train.jsonl", "valid.jsonl", "test.jsonl"], ["train.jsonl"], ["valid.jsonl"]),
         (["train.json", "test.json"], ["train.json"], ["test.json"]),
         (["training.csv", "dev.csv", "notes.md"], ["training.csv"], ["dev.csv"]),
+        (["Train.csv", "Test.csv"], ["Train.csv"], ["Test.csv"]),
         (["trainmodel.json", "val.json", "devtest.json"], ["trainmodel.json"], ["val.json"]),
         (["only.tsv", "README"], ["only.tsv"], []),
         (["train-00001-of-00002.parquet", "train-00000-of-00002.parquet", "test-00000-of-00001.parquet"],

@@ -77,8 +77,22 @@ def test_lines_of_objects_under_the_name_json_and_separators_inside_strings(tmp_
     assert [row.completion for row in read_rows(write(tmp_path, "d.json", content), None).rows] == ["a\u2028b", "c"]
 
 
-def test_semicolons_of_spreadsheets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("space", ["", "\n "])
+def test_a_list_of_objects_under_the_name_jsonl(tmp_path: Path, space: str) -> None:
+    content = f'[{space}{{"text": "a"}},{space}{{"text": "b"}}]{space}'
+    source = read_rows(write(tmp_path, "d.jsonl", content), None)
+    assert [(row.completion, row.number) for row in source.rows] == [("a", 1), ("b", 2)]
+
+
+def test_nan_is_nothing(tmp_path: Path) -> None:
+    """pandas writes it where a cell was empty."""
+    source = read_rows(write(tmp_path, "d.jsonl", '{"text": NaN}\n{"text": "a"}'), None)
+    assert (source.rows, source.dropped) == ((Row("", "a", 2),), {"empty text": 1})
+
+
+def test_semicolons_of_spreadsheets_and_tabs(tmp_path: Path) -> None:
     assert read_rows(write(tmp_path, "d.csv", "text;n\na, b;1\n"), None).rows == (Row("", "a, b", 2),)
+    assert read_rows(write(tmp_path, "d.csv", "text\tn\na, b;\t1\n"), None).rows == (Row("", "a, b;", 2),)
 
 
 @pytest.mark.parametrize(

@@ -219,8 +219,9 @@ def test_the_plan_is_the_best_of_all_ways_by_worth(seed: int) -> None:
 
 
 def test_every_budget_and_recomputation_bind_in_the_brute_force_cases() -> None:
-    feasible = [problem for problem in map(random_problem, range(80)) if brute_force_feasible(problem)]
-    plans = [plan(problem) for problem in feasible]
+    planned = [(problem, plan_of(problem)) for problem in map(random_problem, range(80))]
+    feasible = [problem for problem, found in planned if found is not None]
+    plans = [found for _, found in planned if found is not None]
     freer_flops = sum(
         plan(dataclasses.replace(problem, flops=10 * problem.flops)).value > 1.01 * found.value
         for problem, found in zip(feasible, plans, strict=True)
@@ -237,12 +238,11 @@ def test_every_budget_and_recomputation_bind_in_the_brute_force_cases() -> None:
     assert len({found.formats for found in plans}) == len(FORMATS)
 
 
-def brute_force_feasible(problem: Problem) -> bool:
+def plan_of(problem: Problem) -> Plan | None:
     try:
-        plan(problem)
+        return plan(problem)
     except BudgetError:
-        return False
-    return True
+        return None
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

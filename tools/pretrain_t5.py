@@ -3,8 +3,9 @@
     python tools/pretrain_t5.py --output t5 --minutes 10 notes.txt talks.jsonl:text=dialogue
 
 A byte-level BPE is trained on the texts, then a T5 of the FLAN form (gated units, a head of its own) learns to fill in
-spans that were cut out of them (arXiv 1910.10683, section 3.1.4: 15 % of the tokens, in spans of 3). A run ends by the
-clock, so the weights come out alike, not the same, when it is repeated.
+spans that were cut out of them (arXiv 1910.10683, section 3.3: 15 % of the tokens, in spans of 3) and, of every other
+window, to go on after its first half (prefix language modelling, section 3.2.1). A run ends by the clock, so the
+weights come out alike, not the same, when it is repeated.
 """
 
 from __future__ import annotations
@@ -92,14 +93,20 @@ def corrupted(ids: Sequence[int], draw: random.Random) -> Pair:
     return [*read, *ids[at:], END], [*written, END]
 
 
+def continued(ids: Sequence[int], draw: random.Random) -> Pair:
+    """The beginning of the ids, and the rest of them."""
+    cut = draw.randint(len(ids) // 4, 3 * len(ids) // 4)
+    return [*ids[:cut], END], [*ids[cut:], END]
+
+
 def pairs(documents: Sequence[Sequence[int]], length: int, seed: int) -> Iterator[Pair]:
-    """Windows of the documents, corrupted anew in every pass."""
+    """Windows of the documents, corrupted or cut in two anew in every pass."""
     draw = random.Random(seed)
     windows = [ids[at : at + length] for ids in documents for at in range(0, len(ids), length)]
     windows = [window for window in windows if len(window) >= 4 * SPAN]
     while True:
         draw.shuffle(windows)
-        yield from (corrupted(window, draw) for window in windows)
+        yield from (draw.choice((corrupted, continued))(window, draw) for window in windows)
 
 
 def padded(sides: Sequence[Sequence[int]], filler: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ PLAIN = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 _THOUGHT = "</think>"
+_PROBE = Turn(ASSISTANT, "As7sist")
 
 
 class Refused(InputError):
@@ -57,6 +58,8 @@ class ChatTemplate:
         self.opening = self._opening()
         if not self.own:
             self.notes["the model has no chat template: a plain one is used (User: ..., Assistant: ...)"] = 0
+        elif "strftime_now" in str(tokenizer.chat_template):
+            self.notes["the chat template may write today's date: on another day the same rows are other tokens"] = 0
 
     def examples(self, row: Row) -> list[tuple[Piece, ...]]:
         """The row's conversation in pieces, or one example per answer. Raises: Refused, in one line without the row."""
@@ -99,12 +102,17 @@ class ChatTemplate:
         self._check_heard(text[:begin], turns[:place])
         said = turns[place].text.strip()
         said = said.rpartition(_THOUGHT)[2].strip() or said
-        at = text.find(said, begin)
+        at = text.find(said, self._behind_header(text, turns[:place], begin))
         if at < 0:
             raise Refused(f"the chat template changes or drops turn {place + 1} (assistant): leave the row out")
         if not prompted and text[begin:at].strip():
             begin = at
         return begin, at + len(said)
+
+    def _behind_header(self, text: str, turns: tuple[Turn, ...], begin: int) -> int:
+        """Where the words of an answer after these turns can begin: a short one may occur in its header too."""
+        header = self._render((*turns, _PROBE)).partition(_PROBE.text)[0]
+        return len(header) if text.startswith(header) else begin
 
     def _closed(self, text: str, stop: int) -> int:
         """Where the end of the answer ends: behind the end-of-text token, or the first special one."""
@@ -133,7 +141,7 @@ class ChatTemplate:
         return (Turn("user", f"{turns[0].text}\n\n{turns[1].text}"), *turns[2:])
 
     def _keeps_system(self) -> bool:
-        probe = (Turn("system", "Sys7tem"), Turn("user", "Us7er"), Turn(ASSISTANT, "As7sist"))
+        probe = (Turn("system", "Sys7tem"), Turn("user", "Us7er"), _PROBE)
         try:
             return "Sys7tem" in self._render(probe)
         except Refused:

@@ -60,7 +60,7 @@ def _kind(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    if value is None:
+    if value is None or value != value:  # NaN, which pandas writes where there is nothing
         return ""
     # What Parquet and Arrow hold beside JSON's types (dates, decimals, bytes) is written as Python writes it.
     return value if isinstance(value, str) else json.dumps(value, default=str)

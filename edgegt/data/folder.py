@@ -51,7 +51,7 @@ def data_files(path: Path) -> DataFiles:
     files = sorted(child for child in path.iterdir() if child.suffix.lower() in SUFFIXES and child.is_file())
     if len(files) == 1:
         return DataFiles(tuple(files))
-    train_files = _split(files, TRAIN) or tuple(file for file in files if file.stem.startswith(TRAIN))
+    train_files = _split(files, TRAIN) or tuple(file for file in files if _stem(file).startswith(TRAIN))
     held_files = _split(files, HELD_OUT)
     if not train_files or not all(map(_is_one, (train_files, held_files))):
         found = listed(file.name for file in files) or "no data file"
@@ -64,10 +64,14 @@ def data_files(path: Path) -> DataFiles:
 def _split(files: Iterable[Path], names: tuple[str, ...]) -> tuple[Path, ...]:
     """The file or the shards (train-00000-of-00002) of the first of these splits that is there."""
     for name in names:
-        found = tuple(file for file in files if _SHARD.sub("", file.stem) == name)
+        found = tuple(file for file in files if _SHARD.sub("", _stem(file)) == name)
         if found:
             return found
     return ()
+
+
+def _stem(file: Path) -> str:
+    return file.stem.casefold()
 
 
 def _is_one(files: tuple[Path, ...]) -> bool:

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,27 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def _jsonl(text: str, path: Path) -> Iterator[Record]:
-    """One object per line. Not splitlines(): U+2028 and others may stand inside a JSON string."""
+    """One object per line; one list of objects is accepted under this name too.
+
+    Not splitlines(): U+2028 and others may stand inside a JSON string.
+    """
+    if (objects := _list_of_objects(text)) is not None:
+        yield from enumerate(objects, start=1)
+        return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, _line(line)
+
+
+def _list_of_objects(text: str) -> list[Fields] | None:
+    """The objects of a text that is one list of them, at least one; None for any other."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return values if values and all(isinstance(value, dict) for value in values) else None
 
 
 def _line(line: str) -> Fields | Fault:
@@ -116,9 +134,9 @@ def _object(value: object) -> Fields | Fault:
 
 
 def _csv(text: str, path: Path) -> Iterator[Record]:
-    """Spreadsheets of some countries write semicolons."""
+    """Spreadsheets of some countries write semicolons, and some programs tabs."""
     first = text.partition("\n")[0]
-    return _table(text, path, ";" if ";" in first and "," not in first else ",")
+    return _table(text, path, next((one for one in ",;\t" if one in first), ","))
 
 
 def _table(text: str, path: Path, delimiter: str = "\t") -> Iterator[Record]:
@@ -137,7 +155,7 @@ def _table(text: str, path: Path, delimiter: str = "\t") -> Iterator[Record]:
             for fields in reader:
                 number, begin = number + 1, start + reader.line_num
                 if not header:
-                    header = [name.strip() for name in fields]
+                    header = _header(fields, path)
                 elif fields:
                     yield number, _named(fields, header, delimiter)
             return
@@ -150,6 +168,15 @@ def _table(text: str, path: Path, delimiter: str = "\t") -> Iterator[Record]:
                 raise InputError(f"'{format_text(path, None)}' row {number}{fault.refusal}") from error
             yield number, fault
             start = begin + 1
+
+
+def _header(fields: list[str], path: Path) -> list[str]:
+    """The names of the columns. Raises: InputError for one that occurs twice, of which one would be lost."""
+    names = [name.strip() for name in fields]
+    twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
+    if twice is not None:
+        raise InputError(f"'{format_text(path, None)}' has the column '{format_text(twice)}' twice: rename one of them")
+    return names
 
 
 def _named(fields: list[str], header: list[str], delimiter: str) -> Fields | Fault:

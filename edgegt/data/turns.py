@@ -16,18 +16,25 @@ ROLES = {
 }  # fmt: skip
 _ROLE_KEYS = ("role", "from", "speaker")
 _TEXT_KEYS = ("content", "value", "text")
+# What a turn may have beside its text and would lose: calls of tools, reasoning, and not being learned.
+_LOST = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_SWITCHES = ("weight", "train")
 _WANTED = 'turns such as {"role": "user", "content": "..."}'
 
 
 def read_turns(record: Fields, field: str) -> tuple[Turn, ...] | Fault:
-    """The turns in a field of a record; a `system` text beside sharegpt's conversations becomes the first of them."""
+    """The turns in a field of a record; a `system` text beside messages or conversations becomes the first of them."""
     value, short = lookup(record, field), format_text(field, 20)
     if not isinstance(value, list):
         reason = f"field '{short}' is {'not there' if value is ABSENT else 'no list of turns'}"
         return Fault(reason, f": {reason}: write a list of {_WANTED}")
     turns: list[Turn] = []
-    if field == "conversations" and isinstance(beside := record.get("system"), str) and beside.strip():
-        turns.append(Turn("system", beside))
+    if field in ("messages", "conversations") and record.get("system"):
+        beside = _content(record["system"])
+        if beside is None:
+            reason = "field 'system' is not text"
+            return Fault(reason, f": {reason}: write it as a text")
+        turns += [Turn("system", beside)] if beside.strip() else []
     for place, one in enumerate(value, start=1):
         turn = _turn(one, place)
         if isinstance(turn, Fault):
@@ -54,6 +61,10 @@ def _turn(value: object, place: int) -> Turn | Fault | None:
         near = format_text(nearest(role, ROLES) if isinstance(role, str) and len(role) < 40 else "")
         reason = f"turn {place} has the unknown role '{shown}'"
         return Fault(reason, f": {reason}{near}: use one of {', '.join(ROLES)}")
+    lost = [key for key in _LOST if value.get(key)] + [key for key in _SWITCHES if value.get(key) in (0, "0")]
+    if lost:
+        reason = f"turn {place} ({known}) has '{lost[0]}', which is not heeded"
+        return Fault(reason, f": {reason}: delete it or the row")
     text = _content(value[text_key])
     if text is None:
         reason = f"turn {place} ({known}) is not text"
