@@ -169,8 +169,7 @@ Predicted by `edgegt plan` for steps of {ROWS} rows of {TOKENS} tokens (64 of th
 tokens in the data, at each profile's own budgets; made by `python tools/device_table.py --output docs/devices.md`.
 Budget and peak are bytes of the whole process (512 MiB of them for the program), FLOPs are of full fine-tuning on
 the same batches, tokens per second follow from the profile's rates and were not measured on any of these devices.
-What is trained is chosen by a stand-in for importance, which needs the weights. Encoder-decoders are planned and
-not yet trained.
+What is trained is chosen by a stand-in for importance, which needs the weights.
 """
 
 

@@ -15,6 +15,8 @@ from edgegt.data.chat import Piece
 from edgegt.data.examples import Example, Ids, Tokenizer, encode
 from edgegt.data.rows import Row
 
+NO_PROMPT = "no prompt for the encoder"
+
 
 def pairs(
     rows: Sequence[Row],
@@ -29,7 +31,7 @@ def pairs(
         if not row.turns and row.prompt.strip():
             sides.append((place, row.prompt, row.completion))
         elif not row.turns:
-            dropped["no prompt, which an encoder reads"] += 1
+            dropped[NO_PROMPT] += 1
     read = encode(tokenizer, [asked for _, asked, _ in sides], special=True)
     learned = encode(tokenizer, [answer for *_, answer in sides], special=True)
     for (place, *_), prompt, ids in zip(sides, read, learned, strict=True):

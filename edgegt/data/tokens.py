@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from edgegt.data.chat import ChatTemplate, Piece, Refused
 from edgegt.data.examples import Example, Ids, Tokenizer, encode
 from edgegt.data.formats import SKIP
-from edgegt.data.pairs import pairs, within
+from edgegt.data.pairs import NO_PROMPT, pairs, within
 from edgegt.data.rows import Row
 from edgegt.errors import InputError
 
@@ -99,6 +99,11 @@ def tokenize(
             examples += _pieces(whole.row, lead, whole.completion, max_length)
     if not examples and dropped[_REFUSED]:
         raise InputError(f"the model's chat template refuses all of {len(rows)} conversation(s): use another --format")
+    if not examples and dropped[NO_PROMPT]:
+        raise InputError(
+            f"none of {len(rows)} row(s) has a prompt for the encoder: name both sides with --columns "
+            "prompt=...,completion=..., or give a decoder-only model, which learns plain text"
+        )
     if not examples:
         raise InputError(f"no supervised token in {len(rows)} row(s): give completions with text the tokenizer knows")
     lengths = [len(example.inputs) for example in examples]
