@@ -16,20 +16,35 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from edgegt.architecture import block_of, head_name, is_int8, is_linear, is_transposed, layers_of
+from edgegt.architecture import (
+    block_of,
+    head_name,
+    is_experts,
+    is_int8,
+    is_linear,
+    is_router,
+    is_transposed,
+    layers_of,
+    matrix_shape,
+)
 from edgegt.attention import register_attention, use_causal
 from edgegt.errors import InputError
+from edgegt.experts import use_experts
 from edgegt.flops import FlopMeter, attach
 from edgegt.fused import fuse
 from edgegt.head import verify_head
-from edgegt.quant import Backend, InputCache, Int8Embedding, Int8Linear, Int8Weight, dequantize
+from edgegt.pieces import pieces_of
+from edgegt.quant import Backend, InputCache, Int8Embedding, Int8Experts, Int8Linear, Int8Weight, dequantize
 from edgegt.source import Source, fingerprint
 from edgegt.store import BaseStore, Entry, base_store
 
 
 @dataclass
 class Int8Model:
-    """The model and handles to what can be trained: int8 linears (the head among them) and float vectors, by name."""
+    """The model and handles to what can be trained, by name: int8 linears and float vectors.
+
+    The head and stacked experts are among the linears, the routers of experts among the vectors.
+    """
 
     module: Any
     linears: dict[str, Int8Linear]
@@ -52,8 +67,11 @@ class Int8Model:
         """
         entry = self._entries[name]
         try:
+            if entry.more:
+                joined: torch.Tensor = self.source.joined(entry.pieces, rows)
+                return joined.to(self.device)
             tensor: torch.Tensor = self.source.tensor(entry.stored_as)
-            tensor = tensor.t() if entry.transposed else tensor
+            tensor = tensor.t() if entry.transposed else tensor.reshape(-1, tensor.shape[-1])
             tensor = tensor if rows is None else tensor[rows.cpu()]
             return tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True).to(self.device)
         except (OSError, KeyError) as error:
@@ -95,12 +113,13 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
         shared, bias = model.get_input_embeddings().weight, model.get_output_embeddings().bias
         linears[head] = Int8Linear(shared, bias, name=head, backend=backend, inputs=inputs, meter=meter)
         model.set_output_embeddings(linears[head])
-    vectors = {name: p for name, p in model.named_parameters() if p.ndim < 2}
+    vectors = {name: p for name, p in model.named_parameters() if p.ndim < 2 or is_router(_owner(model, name), p)}
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
         raise InputError(f"'{left[0]}' was not filled: the architecture {type(model).__name__} is not supported yet")
     model.to(device).eval().requires_grad_(False)
     fuse(model, backend.kernels)
+    use_experts(model, backend.kernels)
     if backend.kernels is not None:
         use_causal(model, backend.kernels)
     attach(model, meter)
@@ -139,37 +158,45 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(f"{name}.weight" for name, module in model.named_modules() if module is wanted)
 
 
+def _owner(model: Any, name: str) -> nn.Module:
+    owner: nn.Module = model.get_submodule(name.rpartition(".")[0])
+    return owner
+
+
 def _entries(model: Any, source: Source, head: str, tied: bool) -> Iterator[Entry]:
     layers, blocks = layers_of(model)
     prefix = getattr(model, "base_model_prefix", "")
-    stored = _renamed(model, source)
+    pieces = pieces_of(model, source.files)
     for module_name, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{short}"
             if tied and name == head:
                 continue
             spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-            stored_as = next((stored[spelling] for spelling in spellings if spelling in stored), None)
-            if stored_as is None:
+            found = next((pieces.found[spelling] for spelling in spellings if spelling in pieces.found), None)
+            if found is None:
+                merged = next((pieces.unknown[spelling] for spelling in spellings if spelling in pieces.unknown), None)
+                if merged is not None:
+                    raise InputError(
+                        f"'{name}' would be made from '{merged}' in a way that edgegt does not know: save the model "
+                        "with save_pretrained(..., save_original_format=False) once"
+                    )
                 raise InputError(f"the model in '{source.directory}' lacks the tensor '{name}': fetch the model again")
+            if is_experts(module):
+                _check_rows(name, source, found, matrix_shape(module, parameter)[0])
             block = block_of(name, layers, blocks, head)
             int8 = is_int8(module, parameter)
-            yield Entry(name, stored_as, block, int8, int8 and is_transposed(module))
+            yield Entry(name, found[0], block, int8, int8 and is_transposed(module), found[1:])
 
 
-def _renamed(model: Any, source: Source) -> dict[str, str]:
-    """Names in the files by the names that this version of transformers gives them (GPT-NeoX: embed_out -> lm_head)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    found: dict[str, str] = {}
-    for stored in source.files:
-        name = stored
-        for renaming in renamings:
-            name = renaming.rename_source_key(name)[0]
-        found.setdefault(name, stored)
-    return found
+def _check_rows(name: str, source: Source, pieces: tuple[str, ...], rows: int) -> None:
+    """Raises: InputError when the files have more or fewer experts, or larger or smaller ones, than the config says."""
+    there = sum(source.rows(piece) for piece in pieces)
+    if there != rows:
+        raise InputError(
+            f"the model in '{source.directory}' has {there} rows of '{name}' in {len(pieces)} tensors, its config "
+            f"{rows}: fetch the model again"
+        )
 
 
 def _fill(
@@ -185,17 +212,22 @@ def _fill(
     for entry in entries:
         if not entry.int8:
             continue
-        owner = entry.name.rpartition(".")[0]
-        module = model.get_submodule(owner)
+        place, _, short = entry.name.rpartition(".")
+        module = model.get_submodule(place)
         q, scale = (store.tensor(f"{entry.name}.{part}").to(device) for part in ("q", "scale"))
         weight = Int8Weight(q, scale)
         new: nn.Module
         if is_linear(module):
             new = Int8Linear(weight, module.bias, name=entry.name, backend=backend, inputs=inputs, meter=meter)
             linears[entry.name] = new
+        elif is_experts(module):
+            place, count = entry.name, module.get_parameter(short).shape[0]
+            new = Int8Experts(weight, experts=count, name=entry.name, backend=backend, inputs=inputs, meter=meter)
+            linears[entry.name] = new
+            delattr(module, short)
         else:
             scaled_by = getattr(module, "embed_scale", None)
             new = Int8Embedding(weight, embed_scale=None if scaled_by is None else float(scaled_by))
-        parent, _, short = owner.rpartition(".")
+        parent, _, short = place.rpartition(".")
         setattr(model.get_submodule(parent) if parent else model, short, new)
     return linears
