@@ -12,8 +12,9 @@ from edgegt.errors import InputError
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a matrix product with a weight: nn.Linear, or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether the module is a matrix product with a weight: nn.Linear (no router made of one), or GPT-2's Conv1D."""
+    product = isinstance(module, nn.Linear) and not hasattr(module, "num_experts")
+    return product or type(module).__name__ == "Conv1D"
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgegt.architecture import is_experts, is_router
+from edgegt.architecture import is_experts, is_linear, is_router
 
 # Integer work for the second int8 plane of a trained weight is arithmetic of the number format, not of the model.
 _NOT_MODEL_FLOPS = ("low_plane",)
@@ -52,7 +52,7 @@ def attach(model: nn.Module, meter: FlopMeter) -> None:
     """Give every module of the model the meter, and count its float linears."""
     for module in model.modules():
         module.__dict__["flop_meter"] = meter  # not a parameter, buffer or submodule
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        if is_linear(module):
             module.register_forward_hook(_count_linear)
         elif is_experts(module):
             module.register_forward_hook(_count_experts, with_kwargs=True)

@@ -104,6 +104,7 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
     head = head_name(model)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     embedding = _name_of(model, model.get_input_embeddings())
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad and _in_float(model, name, p)}
     entries = list(_entries(model, source, head, tied))
     identity = fingerprint(source, cache / "fingerprints.json")
     store = base_store(source, identity, entries, cache)
@@ -113,7 +114,7 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
         shared, bias = model.get_input_embeddings().weight, model.get_output_embeddings().bias
         linears[head] = Int8Linear(shared, bias, name=head, backend=backend, inputs=inputs, meter=meter)
         model.set_output_embeddings(linears[head])
-    vectors = {name: p for name, p in model.named_parameters() if p.ndim < 2 or is_router(_owner(model, name), p)}
+    vectors = {name: p for name, p in model.named_parameters() if name in trainable}
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
         raise InputError(f"'{left[0]}' was not filled: the architecture {type(model).__name__} is not supported yet")
@@ -158,9 +159,9 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(f"{name}.weight" for name, module in model.named_modules() if module is wanted)
 
 
-def _owner(model: Any, name: str) -> nn.Module:
-    owner: nn.Module = model.get_submodule(name.rpartition(".")[0])
-    return owner
+def _in_float(model: Any, name: str, parameter: nn.Parameter) -> bool:
+    """Whether this is a norm, a bias or a router."""
+    return parameter.ndim < 2 or is_router(model.get_submodule(name.rpartition(".")[0]), parameter)
 
 
 def _entries(model: Any, source: Source, head: str, tied: bool) -> Iterator[Entry]:

@@ -21,14 +21,17 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     T5Config,
 )
 
-from edgegt.architecture import is_linear, is_transposed
+from edgegt.architecture import is_linear, is_router, is_transposed
 from edgegt.data import Batch, Example, Row, collate
 from edgegt.flops import FlopMeter
 from edgegt.model import Int8Model, load_int8
@@ -45,6 +48,16 @@ _ONE_OF_THREE = {**_WIDE, "hidden_size": 48, "num_attention_heads": 3, "num_key_
 _FALCON = {**_IDS, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 _T5 = {"vocab_size": VOCABULARY, "d_model": 64, "d_ff": 96, "num_heads": 4, "d_kv": 16}
 _GROUPED = {**_WIDE, "num_key_value_heads": 2, "max_position_embeddings": 128}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+# Mixtures of experts. Their routers are made decisive (`float_model`): near a tie the last bit chooses the expert.
+MIXTURES: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": lambda: Qwen2MoeConfig(
+        **_GROUPED, **_EXPERTS, shared_expert_intermediate_size=48, mlp_only_layers=[1],
+    ),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**_GROUPED, **_EXPERTS, head_dim=16, norm_topk_prob=True),
+}  # fmt: skip
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**_GROUPED, tie_word_embeddings=True),
@@ -66,6 +79,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "falcon": lambda: FalconConfig(**_FALCON, new_decoder_architecture=False, parallel_attn=True),
     "falcon-grouped": lambda: FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2),
     "falcon-alibi": lambda: FalconConfig(**_FALCON, alibi=True, multi_query=False, parallel_attn=False, bias=True),
+    **MIXTURES,
 }  # fmt: skip
 
 # What can be planned and not yet be loaded in int8.
@@ -89,7 +103,13 @@ def float_model(config: Any, attention: str | None = "eager", untied: bool = Fal
     torch.manual_seed(seed)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {} if attention is None else {"attn_implementation": attention}
-    return auto.from_config(config, dtype=torch.float32, **options).eval()
+    config._experts_implementation = "eager"
+    model = auto.from_config(config, dtype=torch.float32, **options).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            for router in (p for p in module.parameters(recurse=False) if is_router(module, p)):
+                router.normal_(0, 0.3)
+    return model
 
 
 def save_model(folder: Path, config: Any, seed: int = 0, **options: Any) -> Any:
