@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from edgegt.architecture import is_transposed
+from edgegt.architecture import is_transposed, matrix_shape
 from edgegt.attention import register_attention
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Saved
@@ -245,10 +245,13 @@ class FloatTrainee:
 
 
 def whole_patch(module: Any) -> dict[str, Item]:
-    """Every tensor of a float model as a patch holds it, to be fetched one by one: matrices of linears as [out, in]."""
-    turned = {f"{name}.weight" for name, part in module.named_modules() if is_transposed(part)}
-    found = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    return {name: Item.of(name, tensor.t() if name in turned else tensor) for name, tensor in found.items()}
+    """Every tensor of a float model as a patch holds it, to be fetched one by one: linears and experts as [out, in]."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        part, tensor = module.get_submodule(name.rpartition(".")[0]), parameter.detach()
+        tensor = tensor.t() if tensor.ndim == 2 and is_transposed(part) else tensor
+        found[name] = Item.of(name, tensor.reshape(matrix_shape(part, parameter)))
+    return found
 
 
 def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:

@@ -46,7 +46,7 @@ def off(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-untied", "gpt2", "opt", "gpt-neox"])
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "gpt2", "opt", "gpt-neox", "qwen2-moe"])
 def test_the_patch_of_a_whole_model_gives_its_logits(family: str, tmp_path: Path) -> None:
     module = save_model(tmp_path / "model", FAMILIES[family]())
     model: Int8Model = load(tmp_path / "model", tmp_path / "cache")
