@@ -114,9 +114,10 @@ class Totals:
 class Weight:
     """One tensor that can be trained.
 
-    kind: 'linear' (int8 in the base), 'head' (the output layer, untied when trained) or 'vector' (a norm weight or a
-    bias, float in the base). block: index of its layer, -1 below the layers, the number of layers above them.
-    stage: weights with the same number read one and the same input.
+    kind: 'linear' (int8 in the base), 'head' (the output layer, untied when trained) or 'vector' (float in the base: a
+    norm weight, a bias, or the matrix of a router). block: index of its layer, -1 below the layers, the number of
+    layers above them. stage: weights with the same number read one and the same input.
+    experts: how many matrices are stacked in it, of which a token passes some; 1 of any other weight.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Weight:
     shape: tuple[int, ...]
     stage: int
     dw: Work
+    experts: int = 1
 
     @property
     def numel(self) -> int:

@@ -65,7 +65,7 @@ class _TracedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, share: Tensor | None, tokens: Tensor, count: int) -> Tensor:
-        pairs, (ctx.experts, out, width) = tokens.shape[0], weight.shape
+        pairs, (_, out, width) = tokens.shape[0], weight.shape
         ctx.flops = 2 * pairs * out * width
         if share is None:
             ctx.inputs, ctx.between = 1, 4 * out * (pairs // count)

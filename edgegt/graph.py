@@ -40,9 +40,8 @@ class LayerReading:
 
 @dataclass(frozen=True)
 class Routed:
-    """A stacked weight of experts: how many they are, rows of its input and bytes between its products per token."""
+    """A stacked weight of experts: rows of its input per token, and bytes between the two products of a token."""
 
-    experts: int
     inputs: int
     between: int
 
@@ -212,7 +211,7 @@ class _Reader:
         self.out.dw[weight] = node.flops
         self.out.paths.append((masks[0], node.flops))
         self.reads.append((node._sequence_nr(), read.untyped_storage()._cdata, weight))
-        self.out.routed[weight] = Routed(node.experts, node.inputs, node.between)
+        self.out.routed[weight] = Routed(node.inputs, node.between)
         layer = self._layer_of(node)
         self._keep_storage(tokens, union, layer)
         if more:

@@ -181,7 +181,8 @@ def _weight(model: Any, name: str, readings: list[Reading], stacks: Sequence[tup
     kind = "head" if name == head else "linear" if linear else "vector"
     stage = readings[0].stages.get(name, -1)
     dw = _solve([reading.dw[name] for reading in readings]) if name in readings[0].dw else Work()
-    return Weight(name, kind, block_in(name, stacks, head), shape, stage, dw)
+    experts = parameter.shape[0] if parameter.ndim == 3 else 1
+    return Weight(name, kind, block_in(name, stacks, head), shape, stage, dw, experts)
 
 
 def _stage_inputs(
@@ -238,5 +239,5 @@ def _transient(weight: Weight, routed: Routed | None) -> int:
     """
     out, width = weight.shape
     if routed is not None:
-        out //= routed.experts
+        out //= weight.experts
     return 8 * max(out, width) + 5 * min(out, width) + (routed.between if routed is not None else 0)

@@ -79,7 +79,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "falcon": lambda: FalconConfig(**_FALCON, new_decoder_architecture=False, parallel_attn=True),
     "falcon-grouped": lambda: FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2),
     "falcon-alibi": lambda: FalconConfig(**_FALCON, alibi=True, multi_query=False, parallel_attn=False, bias=True),
-    **MIXTURES,
+    **{name: MIXTURES[name] for name in ("mixtral", "qwen2-moe")},
 }  # fmt: skip
 
 # What can be planned and not yet be loaded in int8.
