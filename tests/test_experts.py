@@ -33,6 +33,7 @@ from edgegt.quant import (
     quantize_rows,
     spread,
 )
+from edgegt.rates import dispatches
 from edgegt.selection import Trainables
 from edgegt.trace import trace
 from live_tensors import LiveTensors
@@ -243,12 +244,14 @@ def test_flops_of_a_selection_are_those_that_transformers_executes() -> None:
 
 
 def test_a_stack_is_one_weight_and_its_router_stays_in_float() -> None:
-    weights = {weight.name: weight for weight in trace(MIXTURES["qwen2-moe"]()).weights}
+    table = trace(MIXTURES["qwen2-moe"]())
+    weights = {weight.name: weight for weight in table.weights}
     up, down, router = weights[UP], weights[DOWN], weights["model.layers.0.mlp.gate.weight"]
     assert (up.kind, up.shape, up.experts, up.dw.token) == ("linear", (6 * 64, 64), 6, 2 * 2 * 64 * 64)
     assert (down.kind, down.shape, down.experts, down.dw.token) == ("linear", (6 * 64, 32), 6, 2 * 2 * 64 * 32)
     assert (router.kind, router.shape, router.experts, router.dw.token) == ("vector", (6, 64), 1, 2 * 6 * 64)
     assert weights["model.layers.0.mlp.shared_expert_gate.weight"].kind == "linear"
+    assert dispatches(table) == pytest.approx(3 + 2 * 2 * 6 / 7)  # two of its three layers have experts
 
 
 @pytest.mark.parametrize("family", MIXTURES)
