@@ -183,21 +183,10 @@ def _entries(model: Any, source: Source, head: str, tied: bool) -> Iterator[Entr
                         "with save_pretrained(..., save_original_format=False) once"
                     )
                 raise InputError(f"the model in '{source.directory}' lacks the tensor '{name}': fetch the model again")
-            if is_experts(module):
-                _check_rows(name, source, found, matrix_shape(module, parameter)[0])
             block = block_of(name, layers, blocks, head)
             int8 = is_int8(module, parameter)
-            yield Entry(name, found[0], block, int8, int8 and is_transposed(module), found[1:])
-
-
-def _check_rows(name: str, source: Source, pieces: tuple[str, ...], rows: int) -> None:
-    """Raises: InputError when the files have more or fewer experts, or larger or smaller ones, than the config says."""
-    there = sum(source.rows(piece) for piece in pieces)
-    if there != rows:
-        raise InputError(
-            f"the model in '{source.directory}' has {there} rows of '{name}' in {len(pieces)} tensors, its config "
-            f"{rows}: fetch the model again"
-        )
+            rows = matrix_shape(module, parameter)[0] if is_experts(module) else 0
+            yield Entry(name, found[0], block, int8, int8 and is_transposed(module), found[1:], rows)
 
 
 def _fill(

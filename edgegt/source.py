@@ -61,15 +61,15 @@ class Source:
         """
         import torch
 
-        counts = [self.rows(name) for name in names]
-        wanted = torch.arange(sum(counts)) if rows is None else rows.cpu()
-        result, first = None, 0
+        counts, result, first = [self.rows(name) for name in names], None, 0
         for name, count in zip(names, counts, strict=True):
-            tensor = self.tensor(name)
+            tensor, here = self.tensor(name), slice(first, first + count)
             if result is None:
-                result = torch.empty(len(wanted), tensor.shape[1])
-            here = ((wanted >= first) & (wanted < first + count)).nonzero().squeeze(1)
-            result[here] = tensor[wanted[here] - first].to(torch.float32)
+                result = torch.empty(sum(counts) if rows is None else len(rows), tensor.shape[1])
+            if rows is not None:
+                inside = (rows.cpu() >= first) & (rows.cpu() < first + count)
+                here, tensor = inside, tensor[rows.cpu()[inside] - first]
+            result[here] = tensor.to(torch.float32)
             first += count
         return result
 

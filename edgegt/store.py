@@ -33,6 +33,7 @@ class Entry:
     """One tensor of the model: its name in the model and in the source, its block, and how it is kept.
 
     more: stored tensors whose rows follow; of experts, each with two dimensions or with those of a stack.
+    rows: how many the config says there are; 0 where that is not compared.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Entry:
     int8: bool
     transposed: bool
     more: tuple[str, ...] = ()
+    rows: int = 0
 
     @property
     def pieces(self) -> tuple[str, ...]:
@@ -167,6 +169,7 @@ def _converted(source: Source, entry: Entry) -> dict[str, Any]:
 
     from edgegt.quant import quantize_rows
 
+    _check_rows(source, entry)
     q = scales = None
     first = 0
     whole = not entry.int8 or entry.transposed
@@ -189,6 +192,16 @@ def _converted(source: Source, entry: Entry) -> dict[str, Any]:
         q[first : first + rows], scales[first : first + rows] = part.q, part.scale
         first += rows
     return {f"{entry.name}.q": q, f"{entry.name}.scale": scales}
+
+
+def _check_rows(source: Source, entry: Entry) -> None:
+    """Raises: InputError when the files have more or fewer experts, or larger or smaller ones, than the config says."""
+    there = sum(source.rows(piece) for piece in entry.pieces) if entry.rows else 0
+    if there != entry.rows:
+        raise InputError(
+            f"the model in '{source.directory}' has {there} rows of '{entry.name}' in {len(entry.pieces)} tensors, its "
+            f"config {entry.rows}: fetch the model again"
+        )
 
 
 def _parts(source: Source, pieces: Iterable[str], elements: int) -> Iterator[tuple[str, Any]]:
