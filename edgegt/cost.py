@@ -189,8 +189,8 @@ class CostTable:
 
     @property
     def largest_weight(self) -> int:
-        """Elements of the largest matrix: bytes of one int8 plane of it."""
-        return max(weight.numel for weight in self.weights if weight.kind != "vector")
+        """Elements of the largest matrix, of experts one's alone: bytes of one int8 plane of it."""
+        return max(weight.numel // weight.experts for weight in self.weights if weight.kind != "vector")
 
     def mask(self, selected: Iterable[str]) -> int:
         """Bit mask of the weights with these names. Raises KeyError for a name that is not in the table."""

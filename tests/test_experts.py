@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, OlmoeConfig, conversion_mapping
+from transformers import (
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PhimoeConfig,
+    conversion_mapping,
+)
 from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
 
 from edgegt.cost import BatchShape
@@ -41,8 +48,8 @@ from test_trace import executed_flops
 from tiny_models import CPU, MIXTURES, batch_of, float_model, load, save_model, some_selections
 
 UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
-SMALL = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-         "num_attention_heads": 2}  # fmt: skip
+SMALL = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
 EXPERTS, OUT, IN, TOKENS, EACH = 5, 24, 16, 40, 2
 
 
@@ -241,6 +248,41 @@ def test_flops_of_a_selection_are_those_that_transformers_executes() -> None:
             parameter.requires_grad_(name in selected)
         counted = executed_flops(model, shape)
         assert table.train_work(table.mask(selected)).at(shape) == pytest.approx(counted, rel=1e-3), selected
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "olmoe": lambda: OlmoeConfig(**SMALL, num_experts=6, num_experts_per_tok=2),
+    "a router made of a linear": lambda: PhimoeConfig(
+        **SMALL, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "a parameter that is never trained": lambda: Ernie4_5_MoeConfig(
+        **SMALL, moe_num_experts=6, moe_k=2, moe_intermediate_size=16, moe_num_shared_experts=1
+    ),
+    "groups of experts": lambda: DeepseekV3Config(
+        **SMALL, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16,
+        n_shared_experts=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+        first_k_dense_replace=1, n_group=2, topk_group=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_families_that_share_the_form_are_traced_and_loaded(family: str, tmp_path: Path) -> None:
+    config, shape = OTHERS[family](), BatchShape(2, 24, 10)
+    table, twin = trace(config), float_model(config, untied=True)
+    for selected in some_selections([weight.name for weight in table.weights], 2):
+        for name, parameter in twin.named_parameters():
+            parameter.requires_grad_(name in selected)
+        counted = executed_flops(twin, shape)
+        assert table.train_work(table.mask(selected)).at(shape) == pytest.approx(counted, rel=1e-3), selected
+    reference = save_model(tmp_path / "model", config)
+    model = load(tmp_path / "model", tmp_path / "cache")
+    assert {weight.name for weight in table.weights} == {*model.linears, *model.vectors}
+    batch = batch_of(6, vocabulary=320)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    with torch.no_grad():
+        expected, found = (module(**inputs).logits for module in (reference, model.module))
+    assert off(found, expected) < 0.04
 
 
 def test_a_stack_is_one_weight_and_its_router_stays_in_float() -> None:
