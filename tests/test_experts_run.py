@@ -107,7 +107,6 @@ def test_full_fine_tuning_counts_what_is_predicted_and_leaves_a_patch(
     assert main(words(folder, model, rows, "--strategy", "full", "--rho", "1")) == 0
     run, losses = runs.read(folder, "run.json"), runs.read(folder, "eval.json")
     assert run["measured"]["flops_ratio"] == pytest.approx(1.0, rel=0.02)
-    assert run["measured"]["peak_bytes"] <= run["predicted"]["peak_bytes"]
     assert losses["after"]["loss"] < 0.98 * losses["before"]["loss"]
     capsys.readouterr()
     assert main(["eval", str(folder), "--json"]) == 0
