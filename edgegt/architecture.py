@@ -15,8 +15,9 @@ FEWEST_ROWS = 64
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a matrix product with a weight: nn.Linear, or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether the module is a matrix product with a weight: nn.Linear (no router made of one), or GPT-2's Conv1D."""
+    product = isinstance(module, nn.Linear) and not hasattr(module, "num_experts")
+    return product or type(module).__name__ == "Conv1D"
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -33,9 +34,30 @@ def is_lookup(module: nn.Module) -> bool:
     return plain and int(cast(Any, module).num_embeddings) >= FEWEST_ROWS
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module holds the stacked weights [experts, out, in] of a mixture, as transformers marks them."""
+    return all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm"))
+
+
+def is_router(module: nn.Module, parameter: Any) -> bool:
+    """Whether this is a matrix that a module multiplies by itself, as the routers of mixtures do; it stays in float."""
+    held = is_linear(module) or is_lookup(module) or isinstance(module, nn.Embedding)
+    return parameter.ndim == 2 and not held
+
+
 def is_int8(module: nn.Module, parameter: Any) -> bool:
-    """Whether the base keeps this parameter in int8: matrices of linears and plain embeddings."""
+    """Whether the base keeps this parameter in int8: matrices of linears, plain embeddings and experts."""
+    if is_experts(module):
+        return bool(parameter.ndim == 3)
     return parameter.ndim == 2 and (is_linear(module) or is_lookup(module))
+
+
+def matrix_shape(module: nn.Module, parameter: Any) -> tuple[int, ...]:
+    """The shape in which a parameter is trained: [out, in] of a matrix, and experts' outputs one after another."""
+    shape = tuple(parameter.shape)
+    if len(shape) == 3:
+        return shape[0] * shape[1], shape[2]
+    return shape[::-1] if len(shape) == 2 and is_transposed(module) else shape
 
 
 def layers_of(model: nn.Module) -> tuple[str, int]:

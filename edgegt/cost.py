@@ -120,9 +120,10 @@ class Totals:
 class Weight:
     """One tensor that can be trained.
 
-    kind: 'linear' (int8 in the base), 'head' (the output layer, untied when trained) or 'vector' (a norm weight or a
-    bias, float in the base). block: index of its layer, -1 below the layers, the number of layers above them.
-    stage: weights with the same number read one and the same input.
+    kind: 'linear' (int8 in the base), 'head' (the output layer, untied when trained) or 'vector' (float in the base: a
+    norm weight, a bias, or the matrix of a router). block: index of its layer, -1 below the layers, the number of
+    layers above them. stage: weights with the same number read one and the same input.
+    experts: how many matrices are stacked in it, of which a token passes some; 1 of any other weight.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Weight:
     shape: tuple[int, ...]
     stage: int
     dw: Work
+    experts: int = 1
 
     @property
     def numel(self) -> int:
@@ -193,8 +195,8 @@ class CostTable:
 
     @property
     def largest_weight(self) -> int:
-        """Elements of the largest matrix: bytes of one int8 plane of it."""
-        return max(weight.numel for weight in self.weights if weight.kind != "vector")
+        """Elements of the largest matrix, of experts one's alone: bytes of one int8 plane of it."""
+        return max(weight.numel // weight.experts for weight in self.weights if weight.kind != "vector")
 
     def mask(self, selected: Iterable[str]) -> int:
         """Bit mask of the weights with these names. Raises KeyError for a name that is not in the table."""

@@ -13,6 +13,7 @@ from edgegt.case import bits
 from edgegt.memory import Formats
 from edgegt.planner import Plan, Problem, Way, plan
 from edgegt.problem import unlimited
+from edgegt.rates import dispatches
 from edgegt.units import format_bytes, format_duration, format_flops
 
 TERM_MEANINGS = {
@@ -87,7 +88,8 @@ def seconds_parts(problem: Problem, found: Plan) -> dict[str, float]:
     table, totals, steps = problem.table_of(way), problem.totals, problem.steps
     mask, count = table.mask(found.selected), problem.micro_batches(way)
     chosen = [table.weights[bit] for bit in bits(mask)]
-    fixed, dispatch = rates.fixed_s(table, totals, steps, count), rates.dispatch_s * table.blocks * max(count, steps)
+    fixed = rates.fixed_s(table, totals, steps, count)
+    dispatch = rates.dispatch_s * dispatches(table) * max(count, steps)
     update = steps * sum(weight.numel / rates.optimizer + rates.update_s for weight in chosen)
     return {
         "forward and loss": fixed - dispatch,

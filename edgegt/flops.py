@@ -1,9 +1,9 @@
 """FLOPs counted while they are executed, from the shapes at hand and independently of the cost table.
 
-Int8 linears and attention report to the meter themselves. Float linears, and attention that an architecture keeps to
-itself, are counted here: their forward when it runs, their backward when a gradient arrives. One multiply-accumulate is
-2 FLOPs; attention counts as two products forward and two for each of them backward, whichever kernel runs, and whatever
-part of them a mask makes superfluous.
+Int8 linears, int8 experts and attention report to the meter themselves. Float linears, routers, float experts, and
+attention that an architecture keeps to itself, are counted here: their forward when it runs, their backward when a
+gradient arrives. One multiply-accumulate is 2 FLOPs; attention counts as two products forward and two for each of them
+backward, whichever kernel runs, and whatever part of them a mask makes superfluous.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from edgegt.architecture import is_experts, is_linear, is_router
 
 # Integer work for the second int8 plane of a trained weight is arithmetic of the number format, not of the model.
 _NOT_MODEL_FLOPS = ("low_plane",)
@@ -51,8 +53,12 @@ def attach(model: nn.Module, meter: FlopMeter) -> None:
     """Give every module of the model the meter, and count its float linears."""
     for module in model.modules():
         module.__dict__["flop_meter"] = meter  # not a parameter, buffer or submodule
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        if is_linear(module):
             module.register_forward_hook(_count_linear)
+        elif is_experts(module):
+            module.register_forward_hook(_count_experts, with_kwargs=True)
+        elif any(is_router(module, parameter) for parameter in module.parameters(recurse=False)):
+            module.register_forward_hook(_count_router)
         own = type(module).__name__.endswith("Attention") and not _replaceable(model, module)
         if own and any(hasattr(part, "in_features") for part in module.children()):
             module.register_forward_hook(_count_own_attention)
@@ -77,11 +83,32 @@ def _count_own_attention(module: Any, inputs: tuple[torch.Tensor, ...], outputs:
 
 
 def _count_linear(module: Any, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-    meter: FlopMeter = module.flop_meter
     product = 2 * out.numel() * inputs[0].shape[-1]
+    _count(module.flop_meter, product, out, inputs[0].requires_grad, module.weight.requires_grad)
+
+
+def _count_router(module: Any, inputs: tuple[torch.Tensor, ...], out: Any) -> None:
+    """A module that multiplies by a matrix of its own, whose product is the first tensor that it returns."""
+    matrix = next(parameter for parameter in module.parameters(recurse=False) if is_router(module, parameter))
+    product = 2 * inputs[0].numel() * matrix.shape[0]
+    logits = out if isinstance(out, torch.Tensor) else out[0]
+    _count(module.flop_meter, product, logits, inputs[0].requires_grad, matrix.requires_grad)
+
+
+def _count_experts(module: Any, inputs: tuple[Any, ...], named: dict[str, Any], out: torch.Tensor) -> None:
+    """Float experts, in the order of their products; int8 ones count themselves and have no such parameters."""
+    hidden, experts, *_ = (*inputs, *named.values())
+    reached: bool = hidden.requires_grad
+    for weight in (parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3):
+        product = 2 * experts.numel() * weight.shape[1] * weight.shape[2]
+        _count(module.flop_meter, product, out, reached, weight.requires_grad)
+        reached = reached or weight.requires_grad
+
+
+def _count(meter: FlopMeter, product: int, out: torch.Tensor, dx: bool, dw: bool) -> None:
+    """Count a product now, and its gradients to input and weight, where asked for, when one arrives at `out`."""
     meter.add("forward", product)
     if out.requires_grad:
-        dx, dw = int(inputs[0].requires_grad), int(module.weight.requires_grad)
 
         def count(gradient: torch.Tensor) -> None:
             meter.add("dx", dx * product)

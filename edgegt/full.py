@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from edgegt.architecture import auto_class, is_transposed
+from edgegt.architecture import auto_class, is_transposed, matrix_shape
 from edgegt.attention import register_attention
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Saved
-from edgegt.cost import BatchShape, Work
+from edgegt.cost import BatchShape, Weight, Work
 from edgegt.data import Batch, collate
 from edgegt.data.batches import IGNORE
 from edgegt.errors import BudgetError, EdgegtError
@@ -244,10 +244,13 @@ class FloatTrainee:
 
 
 def whole_patch(module: Any) -> dict[str, Item]:
-    """Every tensor of a float model as a patch holds it, to be fetched one by one: matrices of linears as [out, in]."""
-    turned = {f"{name}.weight" for name, part in module.named_modules() if is_transposed(part)}
-    found = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    return {name: Item.of(name, tensor.t() if name in turned else tensor) for name, tensor in found.items()}
+    """Every tensor of a float model as a patch holds it, to be fetched one by one: linears and experts as [out, in]."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        part, tensor = module.get_submodule(name.rpartition(".")[0]), parameter.detach()
+        tensor = tensor.t() if tensor.ndim == 2 and is_transposed(part) else tensor
+        found[name] = Item.of(name, tensor.reshape(matrix_shape(part, parameter)))
+    return found
 
 
 def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:
@@ -255,7 +258,7 @@ def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:
     table, rows = setup.need.table, min(micro_batch, setup.options.batch_size)
     shape = worst_shape(table, setup.schedule.shapes, rows, setup.need.vocabulary)
     everything = (1 << len(table.weights)) - 1
-    inputs = {weight.stage: 3 * weight.shape[1] for weight in table.weights if weight.kind == "linear"}
+    inputs = {weight.stage: _input_bytes(weight) for weight in table.weights if weight.kind == "linear"}
     kept = table.saved_work(everything) + Work(token=sum(inputs.values()))
     largest_weight = max(weight.numel for weight in table.weights)
     terms = {
@@ -270,6 +273,16 @@ def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:
     }
     terms["slack"] = slack_bytes(terms)
     return terms
+
+
+def _input_bytes(weight: Weight) -> int:
+    """Bytes per token that a linear keeps here of its input, more than in int8.
+
+    transformers' experts copy a token for each expert, and keep what is between and after their products as well.
+    """
+    if weight.experts == 1:
+        return 3 * weight.shape[1]
+    return 7 * weight.shape[1] * (weight.dw.token * weight.experts // (2 * weight.numel))
 
 
 def _everywhere(batch: Batch) -> Batch:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgegt.architecture import head_name
+from edgegt.architecture import head_name, is_router
 from edgegt.attention import CAUSAL_NODE
 from edgegt.errors import InputError
+from edgegt.experts import EXPERTS_NODE
 
 NO_LAYER = -1
 _READ_OPERAND = {"MmBackward0": "_saved_self", "AddmmBackward0": "_saved_mat1", "LinearBackward0": "_saved_input"}
@@ -37,12 +38,20 @@ class LayerReading:
     weights: int = 0
 
 
+@dataclass(frozen=True)
+class Routed:
+    """A stacked weight of experts: rows of its input per token, and bytes between the two products of a token."""
+
+    inputs: int
+    between: int
+
+
 @dataclass
 class Reading:
     """What one traced forward says; the lists have the same order for every shape.
 
     paths: (weights, FLOPs of a gradient), head_path the place of the head's; saved: (weights, layer or NO_LAYER,
-    bytes of a storage).
+    bytes of a storage); routed: the weights of experts, by name.
     """
 
     forward: int = 0
@@ -53,6 +62,7 @@ class Reading:
     saved: list[tuple[int, int, int]] = field(default_factory=list)
     layers: list[LayerReading] = field(default_factory=list)
     head_path: int = -1
+    routed: dict[str, Routed] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,6 +123,12 @@ class _Reader:
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.bits = {name: 1 << bit for bit, name in enumerate(candidates(model))}
         self.head = head_name(model)
+        self.routers = {
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if is_router(module, parameter)
+        }
         held = [*model.parameters(), *model.buffers()]
         self.permanent = {tensor.untyped_storage()._cdata for tensor in held}
         self.spans = spans
@@ -153,6 +169,8 @@ class _Reader:
         elif kind == CAUSAL_NODE:
             query, key, *_ = node.saved_tensors
             self._attention(node, query, key, masks, union)
+        elif kind == EXPERTS_NODE:
+            self._experts(node, below, masks, union)
         elif kind == "MulBackward0":
             self._keep(node, {"_saved_self": masks[1], "_saved_other": masks[0]})
         else:
@@ -172,10 +190,7 @@ class _Reader:
             self.out.paths += [(masks[left], flops), (masks[right], flops)]
             self._keep(node, {first: masks[right], second: masks[left]})
             return
-        if weight in self.out.dw:
-            raise InputError(
-                f"'{weight}' is used more than once: architectures that share layers are not supported yet"
-            )
+        self._once(weight)
         read = getattr(node, _READ_OPERAND[kind])
         flops = 2 * prod(out_shape) * read.shape[-1]
         self._forward(node, flops)
@@ -184,7 +199,35 @@ class _Reader:
             self.out.head_path = len(self.out.paths)
         self.out.dw[weight] = flops
         self.out.paths.append((masks[left], flops))
+        if weight in self.routers:  # its product is in float, and so is what it keeps of its input
+            self._keep(node, {_READ_OPERAND[kind]: masks[right]})
+        else:
+            self.reads.append((node._sequence_nr(), read.untyped_storage()._cdata, weight))
+
+    def _experts(self, node: Any, below: list[Any], masks: list[int], union: int) -> None:
+        """One product of experts, and with shares what follows their first: see `experts`."""
+        weight = self.leaf[below[1]]
+        self._once(weight)
+        tokens, read, *more = node.saved_tensors
+        self._forward(node, node.flops)
+        self.out.dw[weight] = node.flops
+        self.out.paths.append((masks[0], node.flops))
         self.reads.append((node._sequence_nr(), read.untyped_storage()._cdata, weight))
+        self.out.routed[weight] = Routed(node.inputs, node.between)
+        layer = self._layer_of(node)
+        self._keep_storage(tokens, union, layer)
+        if more:
+            share, *outputs = more
+            self._keep_storage(read, masks[0], layer)
+            self._keep_storage(share, masks[0] | masks[1], layer)
+            for tensor in outputs:
+                self._keep_storage(tensor, masks[2], layer)
+
+    def _once(self, weight: str) -> None:
+        if weight in self.out.dw:
+            raise InputError(
+                f"'{weight}' is used more than once: architectures that share layers are not supported yet"
+            )
 
     def _attention(self, node: Any, query: torch.Tensor, key: torch.Tensor, masks: list[int], union: int) -> None:
         flops = 2 * prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]

@@ -40,8 +40,10 @@ class _Probe:
         self.model = model
         self.sums: dict[str, float] = defaultdict(float)
 
-    def __call__(self, name: str, dy: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
-        half = dy.shape[0] // 2
+    def __call__(
+        self, name: str, dy: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, half: int | None = None
+    ) -> None:
+        half = dy.shape[0] // 2 if half is None else half
         self.model.meter.add("probe_dw", 2 * dy.shape[0] * dy.shape[1] * q.shape[1])
         left = [q[part].to(torch.float32).mul_(scale[part, None]) for part in (slice(half), slice(half, None))]
         rows = max(1, _CHUNK_ELEMENTS // q.shape[1])

@@ -21,26 +21,34 @@ from edgegt.architecture import (
     block_in,
     has_own_head,
     head_name,
+    is_experts,
     is_int8,
     is_linear,
     is_lookup,
+    is_router,
     is_transposed,
+    matrix_shape,
     stacks_of,
     untie_head,
 )
 from edgegt.attention import register_attention, use_causal
 from edgegt.errors import InputError
+from edgegt.experts import use_experts
 from edgegt.flops import FlopMeter, attach
 from edgegt.fused import fuse
 from edgegt.head import verify_head
-from edgegt.quant import Backend, InputCache, Int8Embedding, Int8Linear, Int8Weight, dequantize
+from edgegt.pieces import pieces_of
+from edgegt.quant import Backend, InputCache, Int8Embedding, Int8Experts, Int8Linear, Int8Weight, dequantize
 from edgegt.source import Source, fingerprint
 from edgegt.store import BaseStore, Entry, base_store
 
 
 @dataclass
 class Int8Model:
-    """The model and handles to what can be trained: int8 linears (the head among them) and float vectors, by name."""
+    """The model and handles to what can be trained, by name: int8 linears and float vectors.
+
+    The head and stacked experts are among the linears, the routers of experts among the vectors.
+    """
 
     module: Any
     linears: dict[str, Int8Linear]
@@ -63,8 +71,11 @@ class Int8Model:
         """
         entry = self._entries[name]
         try:
+            if entry.more:
+                joined: torch.Tensor = self.source.joined(entry.pieces, rows)
+                return joined.to(self.device)
             tensor: torch.Tensor = self.source.tensor(entry.stored_as)
-            tensor = tensor.t() if entry.transposed else tensor
+            tensor = tensor.t() if entry.transposed else tensor.reshape(-1, tensor.shape[-1])
             tensor = tensor if rows is None else tensor[rows.cpu()]
             return tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True).to(self.device)
         except (OSError, KeyError) as error:
@@ -99,6 +110,7 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
         untie_head(model)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     embedding = _name_of(model, model.get_input_embeddings())
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad and _in_float(model, name, p)}
     entries = list(_entries(model, source, head, tied))
     identity = fingerprint(source, cache / "fingerprints.json")
     store = base_store(source, identity, entries, cache)
@@ -108,12 +120,13 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
         shared, bias = model.get_input_embeddings().weight, model.get_output_embeddings().bias
         linears[head] = Int8Linear(shared, bias, name=head, backend=backend, inputs=inputs, meter=meter)
         model.set_output_embeddings(linears[head])
-    vectors = {name: p for name, p in model.named_parameters() if p.ndim < 2}
+    vectors = {name: p for name, p in model.named_parameters() if name in trainable}
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
         raise InputError(f"'{left[0]}' was not filled: the architecture {type(model).__name__} is not supported yet")
     model.to(device).eval().requires_grad_(False)
     fuse(model, backend.kernels)
+    use_experts(model, backend.kernels)
     if backend.kernels is not None:
         use_causal(model, backend.kernels)
     attach(model, meter)
@@ -157,21 +170,26 @@ def _head_is_apart(model: Any, source: Source, head: str) -> bool:
     embedding = model.get_input_embeddings()
     if model.get_output_embeddings().weight is not embedding.weight:
         return False
-    stored = _renamed(model, source)
+    stored = pieces_of(model, source.files).found
     own, shared = stored.get(head), stored.get(_name_of(model, embedding))
     if own is None or shared is None:
         return False
-    return has_own_head(model.config) or not torch.equal(source.tensor(own), source.tensor(shared))
+    return has_own_head(model.config) or not torch.equal(source.tensor(own[0]), source.tensor(shared[0]))
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(f"{name}.weight" for name, module in model.named_modules() if module is wanted)
 
 
+def _in_float(model: Any, name: str, parameter: nn.Parameter) -> bool:
+    """Whether this is a norm, a bias or a router."""
+    return parameter.ndim < 2 or is_router(model.get_submodule(name.rpartition(".")[0]), parameter)
+
+
 def _entries(model: Any, source: Source, head: str, tied: bool) -> Iterator[Entry]:
     stacks = stacks_of(model)
     prefix = getattr(model, "base_model_prefix", "")
-    stored, seen = _renamed(model, source), set()
+    pieces, seen = pieces_of(model, source.files), set()
     for module_name, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{short}"
@@ -179,27 +197,19 @@ def _entries(model: Any, source: Source, head: str, tied: bool) -> Iterator[Entr
                 continue
             seen.add(id(parameter))
             spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-            stored_as = next((stored[spelling] for spelling in spellings if spelling in stored), None)
-            if stored_as is None:
+            found = next((pieces.found[spelling] for spelling in spellings if spelling in pieces.found), None)
+            if found is None:
+                merged = next((pieces.unknown[spelling] for spelling in spellings if spelling in pieces.unknown), None)
+                if merged is not None:
+                    raise InputError(
+                        f"'{name}' would be made from '{merged}' in a way that edgegt does not know: save the model "
+                        "with save_pretrained(..., save_original_format=False) once"
+                    )
                 raise InputError(f"the model in '{source.directory}' lacks the tensor '{name}': fetch the model again")
             block = block_in(name, stacks, head)
             int8 = is_int8(module, parameter)
-            yield Entry(name, stored_as, block, int8, int8 and is_transposed(module))
-
-
-def _renamed(model: Any, source: Source) -> dict[str, str]:
-    """Names in the files by the names that this version of transformers gives them (GPT-NeoX: embed_out -> lm_head)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    found: dict[str, str] = {}
-    for stored in source.files:
-        name = stored
-        for renaming in renamings:
-            name = renaming.rename_source_key(name)[0]
-        found.setdefault(name, stored)
-    return found
+            rows = matrix_shape(module, parameter)[0] if is_experts(module) else 0
+            yield Entry(name, found[0], block, int8, int8 and is_transposed(module), found[1:], rows)
 
 
 def _fill(
@@ -216,14 +226,20 @@ def _fill(
     for entry in entries:
         if not entry.int8:
             continue
-        owner = entry.name.rpartition(".")[0]
-        module = model.get_submodule(owner)
+        place, _, short = entry.name.rpartition(".")
+        module = model.get_submodule(place)
         q, scale = (store.tensor(f"{entry.name}.{part}").to(device) for part in ("q", "scale"))
         weight = Int8Weight(q, scale)
         if is_linear(module):
             linear = Int8Linear(weight, module.bias, name=entry.name, backend=backend, inputs=inputs, meter=meter)
             linears[entry.name] = linear
-            model.set_submodule(owner, linear)
+            model.set_submodule(place, linear)
+        elif is_experts(module):
+            count = module.get_parameter(short).shape[0]
+            experts = Int8Experts(weight, experts=count, name=entry.name, backend=backend, inputs=inputs, meter=meter)
+            linears[entry.name] = experts
+            delattr(module, short)
+            setattr(module, short, experts)
         else:  # an encoder and a decoder look up in the same one
             lookup = _lookup(weight, module)
             for path in [path for path, other in lookups if other.weight is module.weight]:

@@ -191,7 +191,7 @@ class _Builder:
             kept=kept,
             layers=tuple(layers),
             blocks=tuple(weight.block for weight in table.weights),
-            vectors=frozenset(bit for bit, weight in enumerate(table.weights) if weight.kind == "vector"),
+            vectors=frozenset(bit for bit, weight in enumerate(table.weights) if len(weight.shape) == 1),
         )
         return case if self.way.recompute else case.without_recomputation()
 

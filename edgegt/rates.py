@@ -32,6 +32,7 @@ _UPDATE_TRAFFIC = 48
 _CPU_UPDATE_SLOWDOWN = 6
 _GPU_KINDS = ("jetson", "geforce")
 _PROFILE_DISPATCH_S = 2e-3
+_LINEARS = 7
 _PROFILE_UPDATE_S = 1e-4
 
 
@@ -94,7 +95,7 @@ class Rates:
         return (
             self._forward_s(table, totals)
             + _logits(table, totals) / self.logits
-            + self.dispatch_s * table.blocks * max(micro_batches, steps)
+            + self.dispatch_s * dispatches(table) * max(micro_batches, steps)
         )
 
     def run_s(
@@ -194,6 +195,11 @@ def of_profile(profile: Profile) -> Rates:
         optimizer_float32=moved / _UPDATE_TRAFFIC,
     )
     return Rates(**{**vars(rates), **profile.training_rates})
+
+
+def dispatches(table: CostTable) -> float:
+    """Layers' worth of dispatch: each expert multiplies apart, and a product is one of a layer's seven."""
+    return table.blocks + sum(weight.experts for weight in table.weights if weight.experts > 1) / _LINEARS
 
 
 def joules(profile: Profile, seconds: float) -> float:

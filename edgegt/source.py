@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Source:
             raise InputError(f"{path}: '{name}' cannot be read ({error}): fetch the model again") from error
 
     def rows(self, name: str) -> int:
-        """Rows of one tensor, 1 of a scalar, without reading it. Raises: as `tensor`."""
+        """Rows of one tensor, without reading it: 1 of a scalar, of a stack those of all in it. Raises: as `tensor`."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -52,7 +52,26 @@ class Source:
                 shape = handle.get_slice(name).get_shape()
         except SafetensorError as error:
             raise InputError(f"{self.files[name]}: '{name}' cannot be read ({error}): fetch the model again") from error
-        return int(shape[0]) if shape else 1
+        return math.prod(shape[: max(1, len(shape) - 1)])
+
+    def joined(self, names: Sequence[str], rows: Any = None) -> Any:
+        """The rows of these matrices one after another, float32, read one at a time. rows: int64, only these of them.
+
+        Raises: as `tensor`.
+        """
+        import torch
+
+        counts, result, first = [self.rows(name) for name in names], None, 0
+        for name, count in zip(names, counts, strict=True):
+            tensor, here = self.tensor(name), slice(first, first + count)
+            if result is None:
+                result = torch.empty(sum(counts) if rows is None else len(rows), tensor.shape[1])
+            if rows is not None:
+                inside = (rows.cpu() >= first) & (rows.cpu() < first + count)
+                here, tensor = inside, tensor[rows.cpu()[inside] - first]
+            result[here] = tensor.to(torch.float32)
+            first += count
+        return result
 
     def row_parts(self, name: str, elements: int) -> Iterator[Any]:
         """One tensor as stored, `elements` or fewer at a time by rows (at least one); pages read before are let go.

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,24 @@ _OUR_FILES = ("backend.json", "fingerprints.json")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the model: its name in the model and in the source, its block, and how it is kept."""
+    """One tensor of the model: its name in the model and in the source, its block, and how it is kept.
+
+    more: stored tensors whose rows follow; of experts, each with two dimensions or with those of a stack.
+    rows: how many the config says there are; 0 where that is not compared.
+    """
 
     name: str
     stored_as: str
     block: int
     int8: bool
     transposed: bool
+    more: tuple[str, ...] = ()
+    rows: int = 0
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The stored tensors that it is made of, in the order of their rows."""
+        return (self.stored_as, *self.more)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -158,26 +169,46 @@ def _converted(source: Source, entry: Entry) -> dict[str, Any]:
 
     from edgegt.quant import quantize_rows
 
+    _check_rows(source, entry)
     q = scales = None
     first = 0
-    for tensor in source.row_parts(entry.stored_as, PART_ELEMENTS if entry.int8 and not entry.transposed else WHOLE):
+    whole = not entry.int8 or entry.transposed
+    for stored, tensor in _parts(source, entry.pieces, WHOLE if whole else PART_ELEMENTS):
         if not tensor.is_floating_point():
-            problem = f"'{entry.stored_as}' is stored as {tensor.dtype}"
+            problem = f"'{stored}' is stored as {tensor.dtype}"
             raise InputError(f"{problem}: give the float model, not a quantised one")
         if not entry.int8:
             return {entry.name: tensor.to(torch.float32).clone()}
+        tensor = tensor.flatten(0, 1) if tensor.ndim == 3 else tensor
         try:
             part = quantize_rows(tensor.t().contiguous() if entry.transposed else tensor)
         except InputError as error:
-            raise InputError(f"'{entry.stored_as}' cannot be used: {error}") from error
+            raise InputError(f"'{stored}' cannot be used: {error}") from error
         rows = part.shape[0]
         if q is None or scales is None:
-            count = rows if entry.transposed else source.rows(entry.stored_as)
+            count = rows if entry.transposed else sum(source.rows(piece) for piece in entry.pieces)
             q = torch.empty(count, part.shape[1], dtype=torch.int8)
             scales = torch.empty(count, dtype=part.scale.dtype)
         q[first : first + rows], scales[first : first + rows] = part.q, part.scale
         first += rows
     return {f"{entry.name}.q": q, f"{entry.name}.scale": scales}
+
+
+def _check_rows(source: Source, entry: Entry) -> None:
+    """Raises: InputError when the files have more or fewer experts, or larger or smaller ones, than the config says."""
+    there = sum(source.rows(piece) for piece in entry.pieces) if entry.rows else 0
+    if there != entry.rows:
+        raise InputError(
+            f"the model in '{source.directory}' has {there} rows of '{entry.name}' in {len(entry.pieces)} tensors, its "
+            f"config {entry.rows}: fetch the model again"
+        )
+
+
+def _parts(source: Source, pieces: Iterable[str], elements: int) -> Iterator[tuple[str, Any]]:
+    """Parts of these stored tensors, by rows, each with the name of its tensor."""
+    for name in pieces:
+        for tensor in source.row_parts(name, elements):
+            yield name, tensor
 
 
 @dataclass(frozen=True)

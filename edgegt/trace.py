@@ -27,15 +27,19 @@ from edgegt.architecture import (
     has_own_head,
     head_name,
     is_encoder_decoder,
+    is_experts,
     is_int8,
+    is_router,
+    matrix_shape,
     stacks_of,
     text_config,
 )
 from edgegt.attention import register_attention, use_causal
 from edgegt.cost import BatchShape, Block, CostTable, Path, Weight, Work
 from edgegt.errors import InputError
+from edgegt.experts import use_experts
 from edgegt.fused import fuse
-from edgegt.graph import NO_LAYER, Reading, candidates, noting_layers, read_graph
+from edgegt.graph import NO_LAYER, Reading, Routed, candidates, noting_layers, read_graph
 
 _MORE_ROWS = BatchShape(4, 16, 8)
 _SHAPES = (BatchShape(2, 16, 8), BatchShape(2, 32, 8), BatchShape(2, 48, 8), BatchShape(2, 16, 12))
@@ -64,7 +68,7 @@ def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
     form = "an encoder-decoder" if is_encoder_decoder(config) else "a causal language model"
     try:
         model = _as_trained(auto_class(config), config, dtype)
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, RuntimeError) as error:
         kind = getattr(config, "model_type", "?")
         raise InputError(
             f"architecture '{kind}' cannot be built as {form} ({str(error).splitlines()[0][:120]}): "
@@ -75,17 +79,16 @@ def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
     shared = any(module.weight is head.weight for module in embeddings)
     if shared:
         head.weight = nn.Parameter(torch.empty_like(head.weight))
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.ndim <= 2)
     for module in embeddings:
         module.weight.requires_grad_(False)
     fuse(model)
-    experts = [name for name, parameter in model.named_parameters() if parameter.ndim > 2]
-    if experts:
-        raise InputError(
-            f"'{experts[0]}' has {model.get_parameter(experts[0]).ndim} dimensions: mixtures of experts and "
-            "convolutions are not supported; give a dense decoder-only model"
-        )
+    use_experts(model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 2 and not is_experts(model.get_submodule(name.rpartition(".")[0])):
+            raise InputError(
+                f"'{name}' has {parameter.ndim} dimensions and is not the weight of experts as transformers stacks "
+                "them: convolutions and the like are not supported; give another language model"
+            )
     return model.eval(), shared and not has_own_head(config)
 
 
@@ -133,7 +136,7 @@ def _table(model: Any, tied: bool, readings: list[Reading]) -> CostTable:
     first = readings[0]
     head, stacks = head_name(model), stacks_of(model)
     weights = tuple(_weight(model, name, readings, stacks, head) for name in candidates(model))
-    unseen = [w.name for w in weights if w.kind != "vector" and w.name not in first.dw]
+    unseen = [w.name for w in weights if len(w.shape) > 1 and w.name not in first.dw]
     if unseen:
         raise InputError(
             f"'{unseen[0]}' is used in a way that the trace does not follow: architecture not supported yet"
@@ -150,7 +153,7 @@ def _table(model: Any, tied: bool, readings: list[Reading]) -> CostTable:
     paths = _merge(
         [(mask, NO_LAYER, work, Work()) for (mask, _), work in zip(first.paths, flops, strict=True)]
         + [(mask, layer, Work(), work) for (mask, layer, _), work in zip(first.saved, saved, strict=True)]
-        + _stage_inputs(weights, blocks)
+        + _stage_inputs(weights, blocks, first.routed)
     )
     counted = {name: p for name, p in model.named_parameters() if not (tied and name == head)}
     return CostTable(
@@ -163,7 +166,7 @@ def _table(model: Any, tied: bool, readings: list[Reading]) -> CostTable:
         parameters=sum(p.numel() for p in counted.values()),
         base_bytes=_base_bytes(model, counted),
         float_bytes=sum(4 * p.numel() for p in counted.values()),
-        widest=_widest(weights),
+        widest=_widest(weights, first.routed),
         encoder_decoder=is_encoder_decoder(model.config),
     )
 
@@ -183,20 +186,21 @@ def _layer(model: Any, readings: list[Reading], index: int) -> Block:
 
 
 def _weight(model: Any, name: str, readings: list[Reading], stacks: Sequence[tuple[str, int]], head: str) -> Weight:
-    shape = tuple(model.get_parameter(name).shape)
-    module = model.get_submodule(name.rpartition(".")[0])
-    if type(module).__name__ == "Conv1D" and len(shape) == 2:
-        shape = shape[::-1]
-    linear = len(shape) == 2
+    parameter, module = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
+    shape = matrix_shape(module, parameter)
+    linear = len(shape) == 2 and not is_router(module, parameter)
     kind = "head" if name == head else "linear" if linear else "vector"
     stage = readings[0].stages.get(name, -1)
     dw = _solve([reading.dw[name] for reading in readings]) if name in readings[0].dw else Work()
     if is_encoder_decoder(model.config) and kind != "head":
         dw = _of_decoder(dw)
-    return Weight(name, kind, block_in(name, stacks, head), shape, stage, dw)
+    experts = parameter.shape[0] if parameter.ndim == 3 else 1
+    return Weight(name, kind, block_in(name, stacks, head), shape, stage, dw, experts)
 
 
-def _stage_inputs(weights: tuple[Weight, ...], blocks: int) -> list[tuple[int, int, Work, Work]]:
+def _stage_inputs(
+    weights: tuple[Weight, ...], blocks: int, routed: dict[str, Routed]
+) -> list[tuple[int, int, Work, Work]]:
     """A trained linear keeps its input in int8, once per stage, with one float32 scale per position."""
     stages: dict[int, int] = {}
     inputs: dict[int, tuple[int, Work]] = {}
@@ -204,6 +208,7 @@ def _stage_inputs(weights: tuple[Weight, ...], blocks: int) -> list[tuple[int, i
         if weight.kind != "vector":
             stages[weight.stage] = stages.get(weight.stage, 0) | 1 << bit
             size = weight.shape[1] + _TOKEN_SCALE_BYTES
+            size *= routed[weight.name].inputs if weight.name in routed else 1
             layer = weight.block if weight.block < blocks else NO_LAYER
             inputs[weight.stage] = layer, _per_position(weight, size)
     return [(mask, inputs[stage][0], Work(), inputs[stage][1]) for stage, mask in stages.items()]
@@ -226,12 +231,13 @@ def _merge(terms: list[tuple[int, int, Work, Work]]) -> tuple[Path, ...]:
     return tuple(Path(mask, flops, saved, layer) for (mask, layer), (flops, saved) in merged.items())
 
 
-def _widest(weights: tuple[Weight, ...]) -> Work:
+def _widest(weights: tuple[Weight, ...], routed: dict[str, Routed]) -> Work:
     """Bytes that the widest product of the layers needs, over the tokens and over a decoder's own positions."""
     linears = [weight for weight in weights if weight.kind == "linear"]
+    sizes = {weight.name: _transient(weight, routed.get(weight.name)) for weight in linears}
     return Work(
-        token=max((_transient(weight) for weight in linears if weight.dw.token), default=0),
-        decoder=max((_transient(weight) for weight in linears if weight.dw.decoder), default=0),
+        token=max((sizes[weight.name] for weight in linears if weight.dw.token), default=0),
+        decoder=max((sizes[weight.name] for weight in linears if weight.dw.decoder), default=0),
     )
 
 
@@ -239,14 +245,19 @@ def _base_bytes(model: Any, counted: dict[str, Any]) -> int:
     total = 0
     for name, parameter in counted.items():
         if is_int8(model.get_submodule(name.rpartition(".")[0]), parameter):
-            rows = max(parameter.shape) if parameter.ndim == 2 else 0
+            rows = max(parameter.shape) if parameter.ndim == 2 else parameter.shape[0] * parameter.shape[1]
             total += parameter.numel() + _SCALE_BYTES * rows
         else:
             total += 4 * parameter.numel()
     return total
 
 
-def _transient(weight: Weight) -> int:
-    """Bytes per token while the product of this weight runs: integer and float output, input in float and int8."""
+def _transient(weight: Weight, routed: Routed | None) -> int:
+    """Bytes per token while the product of this weight runs: integer and float output, input in float and int8.
+
+    Of experts one runs at a time, and may see every token; what is between their products exists for all of them.
+    """
     out, width = weight.shape
-    return 8 * max(out, width) + 5 * min(out, width)
+    if routed is not None:
+        out //= weight.experts
+    return 8 * max(out, width) + 5 * min(out, width) + (routed.between if routed is not None else 0)

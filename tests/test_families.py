@@ -27,10 +27,11 @@ from edgegt.patch import apply_patch, read_patch
 from edgegt.quant import ReferenceBackend, dequantize
 from edgegt.run import resume, run
 from edgegt.source import load_tokenizer, open_source, read_config
-from tiny_models import CPU, EVERY, float_model, logits_of, save_model, start_of
+from tiny_models import CPU, EVERY, MIXTURES, float_model, logits_of, save_model, start_of
 
 STEPS, DIES_AT = 8, 5
-QUICK = ("llama", "flan-t5")
+ALL = EVERY | MIXTURES
+QUICK = ("llama", "flan-t5", "qwen2-moe")
 QUIET = Log(quiet=True)
 CLOSE, CLOSE_TO_MASTERS = 1e-5, 1e-4
 
@@ -69,12 +70,12 @@ class Trained:
 
 def config_of(family: str) -> Any:
     """The family's tiny config with the household's vocabulary."""
-    config = EVERY[family]()
+    config = ALL[family]()
     config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = 1024, 0, 1, 2
     return config
 
 
-@pytest.fixture(scope="module", params=[p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in EVERY])
+@pytest.fixture(scope="module", params=[p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in ALL])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     """A run of eight steps in two rounds."""
     family, here = request.param, tmp_path_factory.mktemp(request.param)
@@ -192,4 +193,5 @@ def put(reference: Any, base: Int8Model, tensors: dict[str, Tensor]) -> None:
             value = value.index_copy(0, rows, trained)
         elif trained is not None:
             value = trained
-        parameter.copy_(value.t() if is_transposed(owners[name]) and value.ndim == 2 else value)
+        value = value.t() if is_transposed(owners[name]) and value.ndim == 2 else value
+        parameter.copy_(value.reshape(parameter.shape))  # experts are stacked, in int8 one below the other

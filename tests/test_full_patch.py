@@ -37,7 +37,7 @@ def off(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-untied", "gpt2", "opt", "gpt-neox", "t5", "bart"])
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "gpt2", "opt", "gpt-neox", "qwen2-moe", "t5", "bart"])
 def test_the_patch_of_a_whole_model_gives_its_logits(family: str, tmp_path: Path) -> None:
     module = save_model(tmp_path / "model", EVERY[family]())
     model: Int8Model = load(tmp_path / "model", tmp_path / "cache")

@@ -29,7 +29,7 @@ from edgegt.selection import Trainables
 from edgegt.trace import trace
 from tiny_models import EVERY, FAMILIES, VOCABULARY, batch_of, examples, float_model, load, save_model, start_of
 
-COMPARED = ("llama", "gpt2", "opt", "flan-t5")
+COMPARED = ("llama", "gpt2", "opt", "mixtral", "qwen2-moe", "flan-t5")
 
 
 def model_of(family: str, folder: Path) -> Int8Model:
@@ -55,8 +55,8 @@ def float_twin(model: Int8Model, family: str) -> Any:
     parameters = dict(twin.named_parameters())
     with torch.no_grad():
         for name, linear in model.linears.items():
-            value = dequantize(linear.weight)
-            parameters[name].copy_(value if parameters[name].shape == value.shape else value.t())
+            value, place = dequantize(linear.weight), parameters[name]
+            place.copy_(value.t() if place.shape == value.shape[::-1] != value.shape else value.reshape(place.shape))
         for name, vector in model.vectors.items():
             parameters[name].copy_(vector)
         for name, module in model.module.named_modules():
@@ -79,7 +79,7 @@ def cross(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def reference(twin: Any, batches: list[Batch], model: Int8Model) -> dict[str, float]:
     """The documented statistic, from two separate passes per batch (linears), or one per batch (vectors)."""
-    values = dict.fromkeys([*model.linears, *model.vectors], 0.0)
+    values = dict.fromkeys([*model.linears, *model.vectors], 0.0)  # of experts too: their gradients are one stack
     whole: list[dict[str, torch.Tensor]] = []
     for batch in batches:
         halves = split_micro(batch, batch.shape.rows // 2)

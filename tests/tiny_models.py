@@ -20,14 +20,17 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     T5Config,
 )
 
-from edgegt.architecture import auto_class, has_own_head, untie_head
+from edgegt.architecture import auto_class, has_own_head, is_router, untie_head
 from edgegt.data import Batch, Example, Row, collate
 from edgegt.model import Int8Model, load_int8
 from edgegt.quant import Backend, TorchBackend
@@ -45,6 +48,16 @@ _T5 = {
     "initializer_factor": 0.3,
 }  # fmt: skip
 _GROUPED = {**_WIDE, "num_key_value_heads": 2, "max_position_embeddings": 128}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+# Mixtures of experts. Their routers are made decisive (`float_model`): near a tie the last bit chooses the expert.
+MIXTURES: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": lambda: Qwen2MoeConfig(
+        **_GROUPED, **_EXPERTS, shared_expert_intermediate_size=48, mlp_only_layers=[1],
+    ),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**_GROUPED, **_EXPERTS, head_dim=16, norm_topk_prob=True),
+}  # fmt: skip
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**_GROUPED, tie_word_embeddings=True),
@@ -66,6 +79,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "falcon": lambda: FalconConfig(**_FALCON, new_decoder_architecture=False, parallel_attn=True),
     "falcon-grouped": lambda: FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2),
     "falcon-alibi": lambda: FalconConfig(**_FALCON, alibi=True, multi_query=False, parallel_attn=False, bias=True),
+    **{name: MIXTURES[name] for name in ("mixtral", "qwen2-moe")},
 }  # fmt: skip
 
 # Encoder-decoders.
@@ -89,9 +103,15 @@ def float_model(config: Any, attention: str | None = "eager", untied: bool = Fal
     """transformers' own float32 model with random weights, in eval mode (no dropout); attention None: its default."""
     torch.manual_seed(seed)
     options = {} if attention is None else {"attn_implementation": attention}
-    model = auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32, **options).eval()
+    config = copy.deepcopy(config)
+    config._experts_implementation = "eager"
+    model = auto_class(config).from_config(config, dtype=torch.float32, **options).eval()
     if untied or has_own_head(config):
         untie_head(model)
+    with torch.no_grad():
+        for module in model.modules():
+            for router in (p for p in module.parameters(recurse=False) if is_router(module, p)):
+                router.normal_(0, 0.3)
     return model
 
 

@@ -15,6 +15,7 @@ from edgegt.quant import backend as _backend
 from edgegt.quant.backend import Backend, BackendCheck, Choice, ReferenceBackend, fastest
 from edgegt.quant.bnb_backend import BitsandbytesBackend
 from edgegt.quant.embedding import Int8Embedding
+from edgegt.quant.experts import Int8Experts, Routing, combine, spread
 from edgegt.quant.linear import InputCache, Int8Linear, Meter, Probe
 from edgegt.quant.native_backend import NativeBackend
 from edgegt.quant.rows import TrainedRows, index_fault
@@ -28,23 +29,27 @@ __all__ = [
     "Choice",
     "InputCache",
     "Int8Embedding",
+    "Int8Experts",
     "Int8Linear",
     "Int8Weight",
     "Meter",
     "NativeBackend",
     "Probe",
     "ReferenceBackend",
+    "Routing",
     "TorchBackend",
     "TrainedRows",
     "backends_of",
     "check_backends",
     "choose_backend",
+    "combine",
     "dequantize",
     "fastest",
     "index_fault",
     "quantize_rows",
     "refresh_planes",
     "split_planes",
+    "spread",
 ]
 
 BACKENDS: dict[str, Callable[[], Backend]] = {

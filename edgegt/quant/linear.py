@@ -26,7 +26,16 @@ from edgegt.quant.backend import Backend
 from edgegt.quant.rows import TrainedRows
 from edgegt.quant.weight import Int8Weight, split_planes
 
-Probe = Callable[[str, Tensor, Tensor, Tensor], None]
+
+class Probe(Protocol):
+    """Receives what a weight gradient is made of: dy [n, out], int8 x [n, in] and its scale [n].
+
+    half: how many of these tokens are in the first half of the batch; half of them unless given.
+    """
+
+    def __call__(self, name: str, dy: Tensor, q: Tensor, scale: Tensor, half: int | None = None) -> None:
+        """Take one layer's."""
+        ...
 
 
 class Meter(Protocol):
