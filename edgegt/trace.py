@@ -109,7 +109,13 @@ def _read(model: Any, shape: BatchShape) -> Reading:
     else:
         inputs = {"logits_to_keep": shape.kept}
     with noting_layers(all_layers(model)) as spans:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
+        try:
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
+        except Exception as error:  # a model's own code raises whatever it likes
+            line = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise InputError(
+                f"'{model.config.model_type}' cannot be traced ({line}): this architecture is not supported yet"
+            ) from error
     if logits.shape[1] != shape.kept:
         raise InputError(f"{type(model).__name__} does not know logits_to_keep: this architecture is not supported yet")
     return read_graph(model, logits, spans)

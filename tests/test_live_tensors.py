@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, Qwen2MoeConfig
+from transformers import LlamaConfig, Qwen2MoeConfig, T5Config
 
-from edgegt.architecture import layers_of
+from edgegt.architecture import all_layers
 from edgegt.cost import CostTable
 from edgegt.data import Batch, Example, Row, collate
 from edgegt.disk import Lines
@@ -48,7 +48,12 @@ MIXTURE = Qwen2MoeConfig(
     pad_token_id=0, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=256,
     shared_expert_intermediate_size=128,
 )  # fmt: skip
-CONFIGS = {"dense": CONFIG, "mixture": MIXTURE}
+PAIR = T5Config(
+    vocab_size=2048, d_model=128, d_kv=32, d_ff=352, num_layers=3, num_decoder_layers=3, num_heads=4,
+    feed_forward_proj="gated-gelu", tie_word_embeddings=False, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+    initializer_factor=0.3,
+)  # fmt: skip
+CONFIGS = {"dense": CONFIG, "mixture": MIXTURE, "pair": PAIR}
 
 
 def test_a_tensor_counts_from_its_making_to_its_end() -> None:
@@ -344,7 +349,7 @@ def live_step(
                 live.reset_peak()
 
         trainables.select(names)
-        with recomputed(model.module.get_submodule(layers_of(model.module)[0]), again):
+        with recomputed(all_layers(model.module), again):
             pairs = [(0.0, batch)] * 2
             lines, fused = Lines(folder / "metrics.jsonl"), batch.shape.rows <= micro_batch
             train_round(parts, recipe, pairs, micro_batch, 0, Progress(), lines, after_step, fused)
@@ -389,6 +394,18 @@ def test_the_memory_model_names_what_a_step_of_a_mixture_holds(
     check_a_step("mixture", names, micro_batch, formats, depth, 30, model_folder, tmp_path)
 
 
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("chosen", ["all", "head", "lowest", "encoder", "some"])
+def test_the_memory_model_names_what_a_step_of_an_encoder_decoder_holds(
+    chosen: str, depth: int, model_folder: Path, tmp_path: Path
+) -> None:
+    names = [weight.name for weight in costs("pair").weights]
+    encoder = [name for name in names if name.startswith("encoder.block.2")]
+    some = random.Random(0).sample(names, 10)
+    choices = {"all": names, "head": names[-1:], "lowest": names[:1], "encoder": encoder, "some": some}
+    check_a_step("pair", choices[chosen], 8, FULL, depth, 30, model_folder, tmp_path)
+
+
 def check_a_step(
     kind: str, selected: Sequence[str], micro_batch: int, formats: Formats, depth: int, shortest: int,
     models: Path, folder: Path,
@@ -396,7 +413,9 @@ def check_a_step(
     """A step's peak against the named terms without slack; 1 MiB is for the optimizer's slices."""
     table = costs(kind)
     again = [index for index in range(table.blocks) if table.layers[index].weights & table.mask(selected)][:depth]
-    batch = collate(rows_of(8, shortest), 0, 97 if shortest == 48 else None)
+    start = 0 if table.encoder_decoder else None
+    rows = [replace(row, start=start) for row in rows_of(8, shortest)]
+    batch = collate(rows, 0, 97 if shortest == 48 else None)
     model = load(models / kind, models / "cache")
     held, peak = live_step(model, selected, again, formats, batch, micro_batch, folder)
     setting = Setting(
@@ -409,4 +428,5 @@ def check_a_step(
     added = terms["masters"] + terms["planes"] + terms["optimizer"] - there
     assert held == pytest.approx(added, rel=0.001, abs=2 * KIB)
     assert peak <= 1.01 * named + 1024 * KIB
-    assert peak >= (0.95 if shortest < 48 else 0.87) * named
+    least = 0.95 if shortest < 48 else 0.87
+    assert peak >= (0.9 if table.encoder_decoder else least) * named

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
-from transformers import Gemma3Config, GptOssConfig, JetMoeConfig, MambaConfig
+from transformers import Gemma3Config, GptOssConfig, JetMoeConfig, MambaConfig, SwitchTransformersConfig
 
 from edgegt.architecture import stacks_of
 from edgegt.cost import BatchShape, CostTable, Work
@@ -411,6 +411,16 @@ def test_stacked_weights_that_are_not_understood_are_refused_in_one_line(config:
         trace(config)
     assert "\n" not in str(refusal.value)
     assert "layers.0." in str(refusal.value)
+
+
+def test_a_model_whose_own_code_cannot_be_traced_is_refused_by_name() -> None:
+    config = SwitchTransformersConfig(
+        vocab_size=320, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16, num_experts=4,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="'switch_transformers' cannot be traced") as refusal:
+        trace(config)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(("shared", "expected"), [("mlp", "used more than once"), ("", "not each once")])
