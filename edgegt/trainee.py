@@ -91,7 +91,7 @@ class Int8Trainee:
         self.keeper.checkpoints.finish()
         trained = self.trainables.items()
         if trained:
-            about = self.setup.source.name, __version__, self.setup.corpus.separator
+            about = self.setup.source.name, __version__, self.setup.corpus.separator, self.model.labels
             save_patch(self.keeper.folder.patch, trained, self.fingerprint, *about)
         self.trainables.release()
         trim()
@@ -184,7 +184,7 @@ class Int8Trainee:
 
     def _standing(self) -> Standing:
         later = len(self.rounds.lengths) - self.index - 1
-        trained = tuple(sorted({*self.trainables.resting, *self.trainables.live}))
+        trained = tuple(sorted({*self.trainables.resting, *self.trainables.live} - {*self.model.fresh}))
         return Standing(self.index, self.progress.step, self.meter.total, trained, later, self.after_s)
 
     def _step_back(self, back: StepBack) -> None:
