@@ -307,4 +307,3 @@ def _saved(table: CostTable, mask: int, recompute: Sequence[int]) -> list[Work]:
 def saved_by(table: CostTable, index: int, mask: int = -1) -> list[Work]:
     """What one layer keeps for backward, operand by operand, when the weights in `mask` are trained."""
     return [path.saved_bytes for path in table.paths if path.block == index and path.weights & mask]
-
