@@ -10,14 +10,15 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from edgegt.architecture import CLASSES, auto_class, is_encoder_decoder, positions_of, text_config
+from edgegt.architecture import CLASSES, auto_class, is_classifier, is_encoder_decoder, positions_of, text_config
 from edgegt.data import Reading
 from edgegt.errors import InputError
 
@@ -143,6 +144,20 @@ def initial(config: Any, name: str, shape: torch.Size) -> torch.Tensor:
     number = int.from_bytes(hashlib.sha256(f"{head.seed}/{name}".encode()).digest()[:6], "big")
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(number))
     return drawn * float(getattr(config, "initializer_range", None) or _STD)
+
+
+@contextmanager
+def not_drawn(config: Any) -> Iterator[None]:
+    """transformers ties weights and draws none for a classifier here: some (ModernBERT's) cannot be without memory."""
+    from transformers import PreTrainedModel
+
+    drawing = PreTrainedModel.initialize_weights
+    if is_classifier(config):
+        PreTrainedModel.initialize_weights = lambda self: None
+    try:
+        yield
+    finally:
+        PreTrainedModel.initialize_weights = drawing
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from edgegt.architecture import (
     untie_head,
 )
 from edgegt.attention import register_attention, use_causal
-from edgegt.classifier import begin_fresh, head_of, initial
+from edgegt.classifier import begin_fresh, head_of, initial, not_drawn
 from edgegt.errors import InputError
 from edgegt.flops import FlopMeter, attach
 from edgegt.fused import fuse
@@ -150,7 +150,7 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
 def skeleton(config: Any) -> Any:
     """The float architecture with its matrices on the meta device and small tensors in place."""
     attention, auto = register_attention(), auto_class(config)
-    with _NoMatrices():
+    with _NoMatrices(), not_drawn(config):
         try:
             return auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
         except (ValueError, KeyError):  # an architecture with attention of its own

@@ -33,7 +33,7 @@ from edgegt.architecture import (
     text_config,
 )
 from edgegt.attention import register_attention, use_causal
-from edgegt.classifier import fresh_of
+from edgegt.classifier import fresh_of, not_drawn
 from edgegt.cost import BatchShape, Block, CostTable, Path, Weight, Work
 from edgegt.errors import InputError
 from edgegt.fused import fuse
@@ -70,7 +70,8 @@ def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
     form = "an encoder-decoder" if is_encoder_decoder(config) else "a causal language model"
     form = "a classifier" if is_classifier(config) else form
     try:
-        model = _as_trained(auto_class(config), config, dtype)
+        with not_drawn(config):
+            model = _as_trained(auto_class(config), config, dtype)
     except (ValueError, KeyError, AttributeError) as error:
         kind = getattr(config, "model_type", "?")
         raise InputError(

@@ -59,7 +59,7 @@ def classes_of(rows: Sequence[Row], reading: Reading) -> tuple[str, ...]:
     Raises: InputError for fewer than two, and for labels that are no classes.
     """
     found = {_label(row) for row in rows}
-    if reading.fixed or (reading.known and (found <= set(reading.known) or _are_places(found, len(reading.known)))):
+    if reading.fixed or (reading.known and (found <= set(reading.known) or found == _numbers(len(reading.known)))):
         return reading.known
     if len(found) < 2:
         only = format_text(next(iter(found), ""))
@@ -84,14 +84,17 @@ def labelled(
     Rows of a class that is not among `classes` are left out and counted. Raises: InputError when none is left.
     """
     places = {label: place for place, label in enumerate(classes)}
-    if {_label(row) for row in rows}.isdisjoint(places):
+    notes: tuple[str, ...] = ()
+    found = {_label(row) for row in rows}
+    if found.isdisjoint(places) and found <= _numbers(len(classes)):
         places = {str(place): place for place in range(len(classes))}
+        notes = (f"labels are taken as numbers of the model's classes, {_named(classes)}, counted from 0",)
     kept = [row for row in rows if _label(row) in places]
     if not kept:
         one = format_text(_label(rows[0]), 40)
         raise InputError(
-            f"none of {len(rows)} row(s) has a label that the model knows, such as '{one}': it knows "
-            f"{counted([(label, 0) for label in classes]).replace(' 0', '')}"
+            f"none of {len(rows)} row(s) has a label that is known, such as '{one}': known are {_named(classes)}; "
+            "correct the labels"
         )
     special = set(getattr(tokenizer, "all_special_ids", None) or ())
     examples, cut = [], 0
@@ -110,14 +113,18 @@ def labelled(
     lengths = [len(example.inputs) for example in examples]
     return examples, LabelReport(
         len(rows), len(examples), cut, dropped, len(examples), max(lengths), sum(lengths) / len(lengths), len(examples),
-        counts=tuple((label, counts[place]) for place, label in enumerate(classes)),
+        notes, tuple((label, counts[place]) for place, label in enumerate(classes)),
     )  # fmt: skip
+
+
+def _named(classes: Sequence[str]) -> str:
+    shown = ", ".join(format_text(label, 20) for label in classes[:SHOWN_CLASSES])
+    return shown + (f" and {len(classes) - SHOWN_CLASSES} more" if len(classes) > SHOWN_CLASSES else "")
 
 
 def _label(row: Row) -> str:
     return row.completion.strip()
 
 
-def _are_places(found: set[str], count: int) -> bool:
-    """Whether the labels are numbers of the known classes, counted from 0."""
-    return found <= {str(place) for place in range(count)}
+def _numbers(count: int) -> set[str]:
+    return {str(place) for place in range(count)}
