@@ -193,8 +193,8 @@ def fresh_line(config: Any, numel: int) -> str | None:
         return None
     owners = dict.fromkeys(name.rpartition(".")[0] for name in head.fresh)
     return (
-        f"the files have no head for these {len(head.labels)} classes: {', '.join(owners)} ({numel:,} weights) begin "
-        f"from seed {head.seed} and are always trained"
+        f"the files have no head for these {len(head.labels)} classes: the {numel:,} weights of {', '.join(owners)} "
+        f"start from seed {head.seed} and are always trained"
     )
 
 
