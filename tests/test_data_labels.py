@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
-from edgegt.data import Reading, Row, classes_of, collate, labelled, parse_columns, read_rows
+from edgegt.data import Reading, Row, classes_of, collate, labelled, matched, parse_columns, read_rows
 from edgegt.data.labels import counted
 from edgegt.errors import InputError
 from edgegt.job import read_corpus
@@ -141,3 +142,13 @@ def test_data_without_labels_are_refused(tmp_path: Path) -> None:
 
 def test_many_classes_are_not_all_listed() -> None:
     assert counted([(str(place), 1) for place in range(14)]).endswith("11 1 and 2 more)")
+
+
+def test_rows_to_measure_importance_on_have_the_same_classes_in_both_halves() -> None:
+    made, _ = labelled(rows(*((f"t{n}", str(n % 3)) for n in range(30))), Framed(), 9, ("0", "1", "2"), Reading())
+    found = matched(made, range(2, 30), 4, 4, random.Random(0))
+    labels = [made[index].label for index in found]
+    assert len(found) == 16 and min(found) >= 2
+    halves = [labels[start : start + 2] for start in range(0, 16, 2)]
+    assert halves[0:4] == [halves[0]] * 4 and halves[4:8] == [halves[4]] * 4
+    assert len(set(found)) > 8

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgegt.data.examples import Example
 from edgegt.data.folder import DataFiles, data_files
-from edgegt.data.labels import LabelReport, Reading, classes_of, labelled
+from edgegt.data.labels import LabelReport, Reading, classes_of, labelled, matched
 from edgegt.data.read import parse_columns, read_parts, read_rows, split_rows
 from edgegt.data.rows import BY_TEMPLATE, BadRow, Row, Source, Turn
 from edgegt.data.tokens import TokenReport, tokenize
@@ -35,6 +35,7 @@ __all__ = [
     "data_files",
     "labelled",
     "length_bucketed",
+    "matched",
     "parse_columns",
     "read_parts",
     "read_rows",

@@ -6,6 +6,7 @@ classes are those of the training rows, numbers in their order and words in the 
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,6 +116,25 @@ def labelled(
         len(rows), len(examples), cut, dropped, len(examples), max(lengths), sum(lengths) / len(lengths), len(examples),
         notes, tuple((label, counts[place]) for place, label in enumerate(classes)),
     )  # fmt: skip
+
+
+def matched(
+    examples: Sequence[Example], pool: Sequence[int], rows: int, batches: int, draw: random.Random
+) -> list[int]:  # fmt: skip
+    """Indices of `batches` (even) times `rows` (even) examples of the pool, to measure importance on.
+
+    Both halves of a batch, and both batches of a pair, have the same classes row by row: what rows of different classes
+    ask of a weight differs in sign, which says nothing of what it is worth.
+    """
+    members: dict[int | None, list[int]] = {}
+    for index in pool:
+        members.setdefault(examples[index].label, []).append(index)
+    found: list[int] = []
+    for _ in range(batches // 2):
+        classes = [examples[draw.choice(pool)].label for _ in range(rows // 2)]
+        for _ in range(4):
+            found += [draw.choice(members[label]) for label in classes]
+    return found
 
 
 def _named(classes: Sequence[str]) -> str:
