@@ -91,10 +91,10 @@ class Trained:
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     here = tmp_path_factory.mktemp(request.param)
     model = write_model(here / "model", request.param)
-    data, held = write_rows(here / "rows.jsonl", rule(240, 0)), write_rows(here / "held.jsonl", rule(60, 1))
+    data, held = write_rows(here / "rows.jsonl", rule(200, 0)), write_rows(here / "held.jsonl", rule(60, 1))
     options = RunOptions(
         device="jetson", task="classification", model=str(model), data=str(data), eval_data=str(held), threads=1,
-        output=str(here / "run"), epochs=8, round_epochs=4, rho=0.7, lr=5e-3, memory="2GiB", checkpoint_every="20",
+        output=str(here / "run"), epochs=6, round_epochs=3, rho=0.7, lr=5e-3, memory="2GiB", checkpoint_every="20",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.getbasetemp() / "classification"  # one for both: kernels are compiled once
@@ -217,7 +217,7 @@ def test_the_survey_counts_the_classes(trained: Trained) -> None:
     options = RunOptions(task="classification", model=trained.where, data=trained.options.data)
     tree = survey(options)
     side = tree["files"][0]
-    assert side["classes"] == {label: sum(two == label for _, two in rule(240, 0)) for label in sorted(SENSES)}
+    assert side["classes"] == {label: sum(two == label for _, two in rule(200, 0)) for label in sorted(SENSES)}
     text = survey_text(tree, colours=False)
     assert "learned    3 classes" in text and "[light]" in text
 
