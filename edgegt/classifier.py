@@ -87,6 +87,21 @@ def reads_both_ways(config: Any) -> bool:
     return "pad_token_id" not in inspect.unwrap(found.forward).__code__.co_names
 
 
+def check_writes(config: Any) -> None:
+    """Raises: InputError for an encoder, of which transformers makes a language model that sees what it should say."""
+    if is_encoder_decoder(config) or getattr(config, "is_decoder", False):
+        return
+    try:
+        encoder = reads_both_ways(config)
+    except InputError:
+        return
+    if encoder:
+        raise InputError(
+            f"'{config.model_type}' is an encoder, which writes no text: train it with --task classification, or give "
+            "a decoder-only model"
+        )
+
+
 def as_classifier(config: Any, labels: tuple[str, ...], seed: int, stored: Collection[str] | None) -> Any:
     """The config of the model with one logit per label. stored: names of the files' tensors, None where unknown."""
     reads_both_ways(config)

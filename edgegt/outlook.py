@@ -82,6 +82,7 @@ def look_ahead(options: RunOptions, log: Log) -> dict[str, Any]:
 def prospect(options: RunOptions, log: Log) -> Prospect:
     """`look_ahead`, with the problem and the plan."""
     from edgegt import home
+    from edgegt.classifier import check_writes
     from edgegt.source import read_config
     from edgegt.trace import trace
 
@@ -99,6 +100,7 @@ def prospect(options: RunOptions, log: Log) -> Prospect:
     if options.classifies:
         config, batches = classified_batches(options, name, config)
     else:
+        check_writes(config)
         options = within_positions(options, positions_of(config))
         batches = batches_of(options, name, config)
     table = trace(config, causal=resolved.profile.kind not in ON_GPU)

@@ -16,7 +16,7 @@ from edgegt.architecture import decoder_start, outputs_of, positions_of
 from edgegt.budget import Need, Probes, check_memory, check_time, flops_budget, plan_probes, rows_that_fit
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Checkpoints
-from edgegt.classifier import as_classifier, classifier_positions, fresh_line, fresh_numel, reading_of
+from edgegt.classifier import as_classifier, check_writes, classifier_positions, fresh_line, fresh_numel, reading_of
 from edgegt.cost import CostTable
 from edgegt.data import data_files
 from edgegt.device import Resolved
@@ -154,6 +154,8 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
     given, reading, positions = options.max_length, None, positions_of(config)
     if options.classifies:
         reading, positions = reading_of(config), classifier_positions(config)
+    else:
+        check_writes(config)
     options = within_positions(options, positions)
     corpus = read_corpus(options, tokenizer, None if reading else decoder_start(config), reading)
     if options.max_length < given and corpus.reports[0].cut:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from edgegt.architecture import decoder_start, positions_of
-from edgegt.classifier import classifier_positions, reading_of
+from edgegt.classifier import check_writes, classifier_positions, reading_of
 from edgegt.data import Example, LabelReport, Source, TokenReport, classes_of, labelled, tokenize
 from edgegt.errors import InputError
 from edgegt.job import bad_line, read_sources, within_positions
@@ -42,6 +42,7 @@ def survey(options: RunOptions) -> Tree:
         made = [labelled(source.rows, tokenizer, fitting.max_length, classes, reading) for source in sources]
         sides = [_side(source, tokenizer, *one) for source, one in zip(sources, made, strict=True)]
         return {"model": options.model, "max_length": fitting.max_length, "files": sides}
+    check_writes(config)
     fitting = within_positions(options, positions_of(config))
     start, most, skip = decoder_start(config), fitting.max_length, options.skip_bad_rows
     sides = [_side(source, tokenizer, *tokenize(source.rows, tokenizer, most, skip, start)) for source in sources]

@@ -83,7 +83,7 @@ def _loaded(name: str, patch: Path | None, options: RunOptions | None, separator
     import torch
 
     from edgegt.cache import cache_dir
-    from edgegt.classifier import as_classifier, known_labels
+    from edgegt.classifier import as_classifier, check_writes, known_labels
     from edgegt.model import load_int8
     from edgegt.patch import apply_patch, patch_labels, read_patch
     from edgegt.prepare import choose_kernels
@@ -94,6 +94,8 @@ def _loaded(name: str, patch: Path | None, options: RunOptions | None, separator
     labels = patch_labels(patch, about) if patch is not None else known_labels(config)
     if labels:
         config = as_classifier(config, labels, 0, source.files)
+    else:
+        check_writes(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kernels = choose_kernels(device, Log())
     model = load_int8(config, source, cache_dir(), kernels.backend, device)
