@@ -12,6 +12,8 @@ from edgegt.errors import InputError
 
 # Fewer rows than these in a lookup stay float.
 FEWEST_ROWS = 64
+# What `classifier` puts into a config: the classes that the model tells apart.
+CLASSES = "edgegt_classes"
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -95,9 +97,11 @@ def all_layers(model: Any) -> list[nn.Module]:
 
 
 def auto_class(config: Any) -> Any:
-    """transformers' class that makes the model of this config: a causal language model, or an encoder-decoder."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    """transformers' class for the model of this config: causal language model, encoder-decoder, or classification."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+    if is_classifier(config):
+        return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
@@ -117,6 +121,16 @@ def decoder_start(config: Any) -> int | None:
 def is_encoder_decoder(config: Any) -> bool:
     """Whether the config describes two stacks of layers, the second reading the first's output."""
     return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether the model says the class of a text, and has no language model's head (see `classifier`)."""
+    return getattr(config, CLASSES, None) is not None
+
+
+def outputs_of(config: Any) -> int:
+    """How many logits the head makes: one per token that the model knows, or per class."""
+    return len(getattr(config, CLASSES).labels) if is_classifier(config) else int(config.get_text_config().vocab_size)
 
 
 def text_config(config: Any) -> Any:
@@ -173,7 +187,9 @@ def untie_head(model: Any) -> None:
 
 
 def head_name(model: Any) -> str:
-    """Name of the output layer's weight."""
+    """Name of the output layer's weight; empty of a classifier, whose head is a linear like the others."""
+    if is_classifier(model.config):
+        return ""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is head:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from edgegt.cost import BatchShape, CostTable, Totals
 from edgegt.errors import BudgetError
 from edgegt.job import Schedule
-from edgegt.memory import Formats, Surroundings, fixed_terms, slack_bytes
+from edgegt.memory import Formats, Surroundings, always_bytes, fixed_terms, slack_bytes
 from edgegt.options import RunOptions
 from edgegt.planner import FORMATS, Problem, smallest
 from edgegt.problem import unlimited
@@ -78,20 +78,18 @@ class Need:
     def answer_bytes(self, rows: int, held_bytes: int = 0) -> int:
         """Peak of generating for this many prompts: only the last position reaches the head, keys and values stay."""
         shape = replace(self.held_out, rows=rows, kept=1)
-        cached = 2 * 4 * self._width() * self.table.blocks * rows * (shape.tokens + ANSWER_TOKENS)
+        cached = 2 * 4 * self.table.width * self.table.blocks * rows * (shape.tokens + ANSWER_TOKENS)
         return self._peak(shape, held_bytes + cached)
 
     def probe_bytes(self, shape: BatchShape, held_bytes: int = 0) -> int:
         """Peak of the importance pass: every block's input, and one block whole."""
-        inputs = 4 * self._width() * shape.rows * shape.tokens * (self.table.blocks + 1)
+        inputs = 4 * self.table.width * shape.rows * shape.tokens * (self.table.blocks + 1)
         return self._peak(shape, held_bytes + inputs)
-
-    def _width(self) -> int:
-        return max(weight.shape[1] for weight in self.table.weights if weight.kind == "head")
 
     def _peak(self, shape: BatchShape, kept: int) -> int:
         everything = (1 << len(self.table.weights)) - 1
         terms = fixed_terms(self.table, self.around, shape, self.vocabulary)
+        terms["masters"] = always_bytes(self.table, False, Formats(states="float32"))
         terms["block"] = self.table.saved_work(everything).at(shape) // max(1, self.table.blocks)
         terms["kept"] = kept
         return sum(terms.values()) + slack_bytes(terms)

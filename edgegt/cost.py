@@ -174,6 +174,8 @@ class CostTable:
 
     layers: one entry per layer, in the order of `Weight.block` (an encoder's layers, then a decoder's).
     encoder_decoder: whether the kept positions are a decoder's own.
+    always: weights that no choice leaves out (a classifier's head that the files lack), float and trained in every
+    step; their FLOPs are in paths that every weight is in. hidden: numbers of a hidden state, where there is no head.
     """
 
     blocks: int
@@ -187,11 +189,18 @@ class CostTable:
     float_bytes: int
     widest: Work = field(default_factory=Work)
     encoder_decoder: bool = False
+    always: tuple[Weight, ...] = ()
+    hidden: int = 0
+
+    @property
+    def width(self) -> int:
+        """Numbers of a hidden state, as the head reads them."""
+        return max((weight.shape[1] for weight in self.weights if weight.kind == "head"), default=self.hidden)
 
     @property
     def head_size(self) -> int:
-        """Rows of the head that can be trained: the vocabulary, or fewer after `with_head_rows`."""
-        return max(weight.shape[0] for weight in self.weights if weight.kind == "head")
+        """Rows of the head that can be trained: the vocabulary, or fewer after `with_head_rows`; 0 without a head."""
+        return max((weight.shape[0] for weight in self.weights if weight.kind == "head"), default=0)
 
     @property
     def largest_weight(self) -> int:
@@ -248,6 +257,8 @@ class CostTable:
         """
         everything = (1 << len(self.weights)) - 1
         recomputed = self.forward + Work(kept=-self.head.kept)
+        if self.head == Work():
+            recomputed = sum((layer.forward for layer in self.layers), Work())
         again = sum(2 * weight.numel for weight in self.weights if weight.kind == "head")
         return self.train_work(everything) + recomputed + Work(kept=again)
 
@@ -281,10 +292,11 @@ class CostTable:
     def from_json(cls, tree: dict[str, Any]) -> CostTable:
         """The table that `to_json` wrote."""
         fields = dict(tree)
-        fields["weights"] = tuple(
-            Weight(**{**weight, "shape": tuple(weight["shape"]), "dw": Work(**weight["dw"])})
-            for weight in tree["weights"]
-        )
+        for key in ("weights", "always"):
+            fields[key] = tuple(
+                Weight(**{**weight, "shape": tuple(weight["shape"]), "dw": Work(**weight["dw"])})
+                for weight in tree.get(key, ())
+            )
         fields["paths"] = tuple(
             Path(int(path["weights"], 16), Work(**path["flops"]), Work(**path["saved_bytes"]), path["block"])
             for path in tree["paths"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from edgegt.architecture import is_encoder_decoder, positions_of
 from edgegt.data import Example, Row, collate
-from edgegt.loss import supervised_loss
+from edgegt.loss import class_logits, supervised_loss
 
 
 @torch.no_grad()
@@ -31,6 +31,67 @@ def held_out_loss(
     loss = total / tokens
     perplexity = math.exp(loss) if loss < 50 else None
     return {"loss": loss, "perplexity": perplexity, "tokens": tokens, "rows": len(examples)}
+
+
+@torch.no_grad()
+def classified(
+    model: Any, examples: Sequence[Example], pad_id: int, batch_size: int, device: torch.device
+) -> dict[str, Any]:
+    """Mean loss per row, the share of rows whose class is right, and F1 as a mean over classes, both from 0 to 1."""
+    total, pairs = 0.0, []
+    for part, logits in _logits(model, examples, pad_id, batch_size, device):
+        right = torch.tensor([example.label for example in part], device=device)
+        total += float(torch.nn.functional.cross_entropy(logits, right, reduction="sum"))
+        pairs += list(zip(right.tolist(), logits.argmax(1).tolist(), strict=True))
+    count = len(pairs)
+    accuracy = sum(right == said for right, said in pairs) / count
+    return {
+        "loss": total / count, "accuracy": accuracy, "macro_f1": macro_f1(pairs), "rows": count,
+    }  # fmt: skip
+
+
+def macro_f1(pairs: Sequence[tuple[int, int]]) -> float:
+    """The mean of F1, 2 tp / (2 tp + fp + fn), over the classes that occur; pairs: (right, said)."""
+    classes = sorted({one for pair in pairs for one in pair})
+    scores = []
+    for one in classes:
+        hits = sum(right == said == one for right, said in pairs)
+        named = sum((right == one) + (said == one) for right, said in pairs)
+        scores.append(2 * hits / named)
+    return sum(scores) / len(scores)
+
+
+@torch.no_grad()
+def says(
+    model: Any, examples: Sequence[Example], labels: Sequence[str], pad_id: int, batch_size: int, device: torch.device
+) -> list[str]:
+    """The label that the model gives to each text."""
+    said = {
+        id(example): labels[place]
+        for part, logits in _logits(model, examples, pad_id, batch_size, device)
+        for example, place in zip(part, logits.argmax(1).tolist(), strict=True)
+    }
+    return [said[id(example)] for example in examples]
+
+
+def _logits(
+    model: Any, examples: Sequence[Example], pad_id: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[Sequence[Example], torch.Tensor]]:
+    ordered = sorted(examples, key=lambda example: example.length)
+    for start in range(0, len(ordered), batch_size):
+        part = ordered[start : start + batch_size]
+        longest = max(example.length for example in part)
+        yield part, class_logits(model, collate(part, pad_id, longest), device)
+
+
+def score_words(before: Mapping[str, Any], after: Mapping[str, Any] | None = None) -> str:
+    """', accuracy 50.0% -> 98.0%, macro-F1 ...' of a classification's numbers, else nothing."""
+    said = ""
+    for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
+        if key in before:
+            said += f", {name} {before[key]:.1%}"
+            said += f" -> {after[key]:.1%}" if after and key in after else ""
+    return said
 
 
 LEAST_TOKENS = 16

@@ -5,6 +5,7 @@ Every tensor is trained, the head sees every position, states are float32. Its F
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 
-from edgegt.architecture import auto_class, is_transposed, matrix_shape
+from edgegt.architecture import auto_class, is_classifier, is_transposed, matrix_shape
 from edgegt.attention import register_attention
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Saved
+from edgegt.classifier import begin_fresh
 from edgegt.cost import BatchShape, Weight, Work
 from edgegt.data import Batch, collate
 from edgegt.data.batches import IGNORE
@@ -55,10 +57,13 @@ class FloatTrainee:
         disable_progress_bar()
         self.setup, self.log, self.keeper = setup, log, keeper
         self._check()
+        classes = {"config": copy.deepcopy(setup.config), "ignore_mismatched_sizes": True}
         self.module: Any = auto_class(setup.config).from_pretrained(
             str(setup.source.directory), dtype=torch.float32, attn_implementation=register_attention(),
             local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            **(classes if is_classifier(setup.config) else {}),
         ).to(setup.device).eval()  # fmt: skip
+        begin_fresh(self.module, setup.device)
         self.meter = FlopMeter()
         attach(self.module, self.meter)
         self.fingerprint = fingerprint(setup.source, cache_dir() / "fingerprints.json")
@@ -102,7 +107,7 @@ class FloatTrainee:
     def save(self) -> None:
         """The patch: every tensor, matrices as [out, in]."""
         self.keeper.checkpoints.finish()
-        about = self.setup.source.name, __version__, self.setup.corpus.separator
+        about = self.setup.source.name, __version__, self.setup.corpus.separator, self.setup.corpus.labels
         save_patch(self.keeper.folder.patch, whole_patch(self.module), self.fingerprint, *about)
 
     def state(self) -> dict[str, Any]:
@@ -287,6 +292,8 @@ def _input_bytes(weight: Weight) -> int:
 
 def _everywhere(batch: Batch) -> Batch:
     """The same batch with the head on every position, as transformers computes the loss."""
+    if batch.classes:
+        return batch
     if batch.decoder_input_ids is not None:
         return replace(batch, shape=replace(batch.shape, labelled=0))
     shape = BatchShape(batch.shape.rows, batch.shape.tokens, batch.shape.tokens)

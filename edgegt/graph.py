@@ -19,6 +19,7 @@ from torch import nn
 
 from edgegt.architecture import head_name, is_router
 from edgegt.attention import CAUSAL_NODE
+from edgegt.classifier import fresh_of
 from edgegt.errors import InputError
 from edgegt.experts import EXPERTS_NODE
 
@@ -99,7 +100,8 @@ def noting_layers(layers: Sequence[nn.Module]) -> Iterator[list[Span]]:
 
 def candidates(model: Any) -> list[str]:
     """Names of the weights that can be chosen: linears, the head, norms and biases; in the order of the parameters."""
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    always = fresh_of(model.config)
+    return [name for name, p in model.named_parameters() if p.requires_grad and name not in always]
 
 
 def read_graph(model: Any, logits: torch.Tensor, spans: Sequence[Span]) -> Reading:
@@ -121,7 +123,10 @@ class _Reader:
 
     def __init__(self, model: Any, spans: Sequence[Span]) -> None:
         self.names = {id(p): name for name, p in model.named_parameters()}
-        self.bits = {name: 1 << bit for bit, name in enumerate(candidates(model))}
+        chosen_from = candidates(model)
+        self.bits = {name: 1 << bit for bit, name in enumerate(chosen_from)}
+        # What depends on a weight that is always trained is paid whatever is chosen.
+        self.bits |= dict.fromkeys(fresh_of(model.config), (1 << len(chosen_from)) - 1)
         self.head = head_name(model)
         self.routers = {
             f"{path}.{name}"

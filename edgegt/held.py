@@ -36,7 +36,10 @@ def held_terms(trainables: Trainables) -> dict[str, int]:
 
 
 def planned_bytes(trainables: Trainables, table: CostTable, formats: Formats) -> int:
-    """What training holds now, as planned: masters, planes and states of live tensors, planes of resting ones."""
+    """What training holds now, as planned: masters, planes and states of live tensors, planes of resting ones.
+
+    Without those of weights that are always trained, which every peak has.
+    """
     weights = {weight.name: weight for weight in table.weights}
-    live = sum(state_bytes(weights[name], False, formats) for name in trainables.live)
+    live = sum(state_bytes(weights[name], False, formats) for name in trainables.live if name in weights)
     return live + sum(plane_bytes(weights[name]) for name in trainables.resting)

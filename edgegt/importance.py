@@ -25,7 +25,7 @@ from edgegt.chunks import HEAD_CHUNK_ELEMENTS
 from edgegt.data import Batch
 from edgegt.data.batches import IGNORE
 from edgegt.head import head_loss, logit_map
-from edgegt.loss import kept_hidden
+from edgegt.loss import kept_hidden, supervised_loss
 from edgegt.model import Int8Model
 from edgegt.quant import Int8Linear, Int8Weight
 from edgegt.recompute import recomputed
@@ -68,12 +68,17 @@ def importance(
     before: dict[str, torch.Tensor] = {}
     with _probing(model, probe, layers):
         for index, batch in enumerate(batches):
-            hidden = kept_hidden(model.module, batch, model.device)
-            seen = _Seen.of(model, hidden, batch)
-            loss = head_loss(model.module, hidden, batch.labels, seen.lse)
-            del hidden
-            (loss / batch.supervised).backward()
-            probe.sums[model.head] += _head_statistic(model, seen, head_rows) / batch.supervised
+            if batch.classes:
+                supervised_loss(model.module, batch, model.device, 1 / batch.supervised).backward()
+            else:
+                hidden = kept_hidden(model.module, batch, model.device)
+                seen = _Seen.of(model, hidden, batch)
+                loss = head_loss(model.module, hidden, batch.labels, seen.lse)
+                del hidden
+                (loss / batch.supervised).backward()
+                probe.sums[model.head] += _head_statistic(model, seen, head_rows) / batch.supervised
+            for parameter in model.fresh.values():
+                parameter.grad = None
             for name, parameter in model.vectors.items():
                 gradient, parameter.grad = parameter.grad, None
                 if gradient is None:
@@ -158,7 +163,7 @@ def _some_rows(model: Int8Model, planes: Int8Weight, rows: torch.Tensor, ids: to
 @contextmanager
 def _probing(model: Int8Model, probe: _Probe, layers: Any) -> Iterator[None]:
     trained = {name: p.requires_grad for name, p in model.vectors.items()}
-    head_master = model.linears[model.head].master
+    head_master = model.linears[model.head].master if model.head else None
     state = torch.get_rng_state()
     try:
         for linear in model.linears.values():

@@ -17,10 +17,13 @@ from edgegt.cost import BatchShape
 from edgegt.data import (
     BadRow,
     Example,
+    Reading,
     Row,
     Source,
     TokenReport,
+    classes_of,
     data_files,
+    labelled,
     parse_columns,
     read_parts,
     read_rows,
@@ -36,6 +39,7 @@ from edgegt.units import format_bytes, format_text
 TWO_ROUNDS_FROM = 40
 BAD_ROWS_KEPT = 1000
 BAD_ROWS_SHOWN = 5
+NO_CLASSES = "--task classification needs --model and --data: the built-in model and household are not for it"
 ONLY_THE_HOUSEHOLD = "--data without --model: give --model too (the built-in model only knows its household)"
 
 
@@ -45,6 +49,7 @@ class Corpus:
 
     format: of the file; layout: what its rows hold; reports: of the training and of the held-out side; unread: rows
     without anything to learn, by reason; bad: of each file its name and the rows that were left out as unreadable.
+    labels: for classification the classes.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Corpus:
     separator: str
     layout: str
     bad: tuple[tuple[str, tuple[BadRow, ...]], ...] = ()
+    labels: tuple[str, ...] = ()
 
     @property
     def longest_held_out(self) -> BatchShape:
@@ -88,7 +94,7 @@ class Corpus:
             "rows": sum(report.rows for report in self.reports) + sum(self.unread.values()) + len(listed),
             "kept": sum(report.kept for report in self.reports), "cut": sum(report.cut for report in self.reports),
             "dropped": dropped, "train_rows": len(self.train), "eval_rows": len(self.held_out),
-            "supervised_tokens": self.reports[0].supervised_tokens,
+            "supervised_tokens": self.reports[0].supervised_tokens, "labels": list(self.labels),
             "bad_rows": [
                 {"file": name, "row": row.number, "reason": row.reason} for name, row in listed[:BAD_ROWS_KEPT]
             ],
@@ -149,10 +155,12 @@ def within_positions(options: RunOptions, positions: int | None) -> RunOptions:
     return replace(options, max_length=positions)
 
 
-def read_corpus(options: RunOptions, tokenizer: Any, start: int | None = None) -> Corpus:
+def read_corpus(
+    options: RunOptions, tokenizer: Any, start: int | None = None, reading: Reading | None = None
+) -> Corpus:  # fmt: skip
     """The user's data, or the household's when no data is named. Raises: InputError for anything unusable.
 
-    start: of an encoder-decoder, what its decoder begins with.
+    start: of an encoder-decoder, what its decoder begins with. reading: how rows are read for classification.
     """
     if options.data is None:
         return _household(options, tokenizer)
@@ -162,17 +170,34 @@ def read_corpus(options: RunOptions, tokenizer: Any, start: int | None = None) -
         train, held = split_rows(source.rows, options.eval_fraction, options.seed)
     else:
         train, held = list(source.rows), list(sources[1].rows)
+    if options.classifies:
+        return _labelled(options, tokenizer, train, held, sources, reading or Reading())
     return _tokenised(options, tokenizer, source, train, held, [], sources, start)
+
+
+def _labelled(
+    options: RunOptions, tokenizer: Any, train: list[Row], held: list[Row], sources: list[Source], reading: Reading
+) -> Corpus:  # fmt: skip
+    classes = classes_of(train, reading)
+    sides = [labelled(rows, tokenizer, options.max_length, classes, reading) for rows in (train, held)]
+    (examples, report), (held_out, held_report) = sides
+    unread = sum((Counter(source.dropped) for source in sources), Counter[str]())
+    return Corpus(
+        sources[0].name, sources[0].format, tuple(examples), tuple(held_out[: options.eval_rows]), (),
+        (report, held_report), dict(unread), "", sources[0].layout, tuple((one.name, one.bad) for one in sources),
+        classes,
+    )  # fmt: skip
 
 
 def read_sources(options: RunOptions) -> list[Source]:
     """The rows of --data, and those held out where --eval-data or the folder names them."""
     assert options.data is not None
-    columns = parse_columns(options.columns) if options.columns else None
+    columns = parse_columns(options.columns, options.classifies) if options.columns else None
+    layout = options.task if options.classifies else options.format
     files = data_files(Path(options.data))
     held = files.held_out if options.eval_data is None else (Path(options.eval_data),)
     sides = [side for side in (files.train, held) if side]
-    return [read_parts(side, columns, options.skip_bad_rows, options.format) for side in sides]
+    return [read_parts(side, columns, options.skip_bad_rows, layout) for side in sides]
 
 
 def _household(options: RunOptions, tokenizer: Any) -> Corpus:
@@ -227,6 +252,8 @@ def make_schedule(options: RunOptions, train: tuple[Example, ...]) -> Schedule:
 
 def model_name(options: RunOptions) -> str:
     """--model, or the home assistant's folder."""
+    if options.classifies and (options.model is None or options.data is None):
+        raise InputError(NO_CLASSES)
     if options.model is None:
         if options.data is not None:
             raise InputError(ONLY_THE_HOUSEHOLD)

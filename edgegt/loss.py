@@ -20,8 +20,12 @@ from edgegt.quant import Int8Linear
 def supervised_loss(model: Any, batch: Batch, device: torch.device, factor: float = 1.0) -> torch.Tensor:
     """Sum of the cross-entropy over the batch's supervised tokens, in nats, times `factor`: 1 / their number.
 
-    Summing lets micro-batches of one step be normalised together by all tokens of the step.
+    Summing lets micro-batches of one step be normalised together by all tokens of the step. For classification: over
+    the rows.
     """
+    if batch.classes:
+        labels = batch.labels.to(device).reshape(-1)
+        return cross_entropy(class_logits(model, batch, device), labels, reduction="sum") * factor
     if isinstance(model.get_output_embeddings(), Int8Linear):
         return head_loss(model, kept_hidden(model, batch, device), batch.labels, factor=factor)
     fewer = {"logits_to_keep": batch.shape.kept} if batch.decoder_input_ids is None else {}
@@ -29,6 +33,15 @@ def supervised_loss(model: Any, batch: Batch, device: torch.device, factor: floa
     labels = batch.labels.to(device).reshape(-1)
     logits = logits.reshape(-1, logits.shape[-1]).float()
     return cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") * factor
+
+
+def class_logits(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
+    """float32 [rows, classes]; a decoder says them at the last token of a row, as transformers does."""
+    inputs = _inputs(batch, device)
+    if batch.right:
+        del inputs["position_ids"], inputs["use_cache"]
+    logits: torch.Tensor = model(**inputs).logits
+    return logits.float()
 
 
 def kept_hidden(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:

@@ -148,7 +148,7 @@ def logit_bytes(table: CostTable, shape: BatchShape, vocabulary: int, labelled: 
     """
     positions = shape.rows * shape.kept
     chunk = chunk_positions(vocabulary, labelled or positions)
-    return int(LOGIT_BYTES * vocabulary * chunk) + HIDDEN_BYTES * positions * _width(table)
+    return int(LOGIT_BYTES * vocabulary * chunk) + HIDDEN_BYTES * positions * table.width
 
 
 def passing_bytes(table: CostTable, around: Surroundings, setting: Setting) -> tuple[int, int]:
@@ -169,7 +169,7 @@ def holes_percent(table: CostTable, shapes: Iterable[BatchShape], micro_batch: i
     A micro-batch leaves them when its hidden states are too small to be mapped apart (see `process`).
     """
     tokens = [min(shape.rows, micro_batch) * shape.tokens for shape in shapes]
-    small = max((count for count in tokens if 4 * count * _width(table) < MAPPED_BYTES), default=0)
+    small = max((count for count in tokens if 4 * count * table.width < MAPPED_BYTES), default=0)
     return -(-HOLES_PERCENT * small // (worst.rows * worst.tokens))
 
 
@@ -212,6 +212,14 @@ def fixed_terms(table: CostTable, around: Surroundings, shape: BatchShape, vocab
     return _fixed_terms(table, around, Setting(shape, vocabulary, False))
 
 
+def always_bytes(table: CostTable, accumulate: bool, formats: Formats) -> int:
+    """Bytes of the weights that every choice trains: masters, states, gradients and what these leave in the heap."""
+    return sum(
+        state_bytes(weight, accumulate, formats) + fragment_bytes(weight, accumulate, formats)
+        for weight in table.always
+    )
+
+
 def _fixed_terms(table: CostTable, around: Surroundings, setting: Setting) -> dict[str, int]:
     logits, transient = passing_bytes(table, around, setting)
     return {
@@ -238,7 +246,7 @@ def peak_terms(
 ) -> dict[str, int]:
     """Every named term of the peak for one selection; their sum is the predicted peak in bytes."""
     mask = table.mask(selected)
-    chosen = [weight for bit, weight in enumerate(table.weights) if mask >> bit & 1]
+    chosen = [weight for bit, weight in enumerate(table.weights) if mask >> bit & 1] + list(table.always)
     demoted = table.mask(around.demoted) & ~mask
     resting = [weight for bit, weight in enumerate(table.weights) if demoted >> bit & 1]
     terms = _fixed_terms(table, around, setting)
@@ -299,7 +307,3 @@ def _saved(table: CostTable, mask: int, recompute: Sequence[int]) -> list[Work]:
 def saved_by(table: CostTable, index: int, mask: int = -1) -> list[Work]:
     """What one layer keeps for backward, operand by operand, when the weights in `mask` are trained."""
     return [path.saved_bytes for path in table.paths if path.block == index and path.weights & mask]
-
-
-def _width(table: CostTable) -> int:
-    return max(weight.shape[1] for weight in table.weights if weight.kind == "head")

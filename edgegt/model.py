@@ -32,6 +32,7 @@ from edgegt.architecture import (
     untie_head,
 )
 from edgegt.attention import register_attention, use_causal
+from edgegt.classifier import begin_fresh, head_of, initial, not_drawn
 from edgegt.errors import InputError
 from edgegt.experts import use_experts
 from edgegt.flops import FlopMeter, attach
@@ -47,7 +48,8 @@ from edgegt.store import BaseStore, Entry, base_store
 class Int8Model:
     """The model and handles to what can be trained, by name: int8 linears and float vectors.
 
-    The head and stacked experts are among the linears, the routers of experts among the vectors.
+    The head and stacked experts are among the linears, the routers of experts among the vectors. head: the name of a
+    language model's head, empty of a classifier. fresh: weights that the files lack, float and always trained.
     """
 
     module: Any
@@ -63,6 +65,17 @@ class Int8Model:
     inputs: InputCache
     notes: list[str] = field(default_factory=list)
     _entries: dict[str, Entry] = field(default_factory=dict)
+    fresh: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes that it tells apart, none of a language model."""
+        head = head_of(self.module.config)
+        return head.labels if head else ()
+
+    def float_parameter(self, name: str) -> nn.Parameter:
+        """A vector, or a weight that the files lack. Raises: KeyError for any other name."""
+        return self.fresh[name] if name in self.fresh else self.vectors[name]
 
     def original(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The float32 tensor [out, in] of the pretrained model, from disk; from int8 if the source is gone.
@@ -89,7 +102,9 @@ class Int8Model:
 
     def reset(self, name: str) -> None:
         """Put a linear or a vector back to what was loaded, frozen."""
-        if name in self.vectors:
+        if name in self.fresh:
+            self.fresh[name].data.copy_(initial(self.module.config, name, self.fresh[name].shape))
+        elif name in self.vectors:
             self.vectors[name].data.copy_(self.store.tensor(name))
             self.vectors[name].requires_grad_(False)
         elif self.tied and name == self.head:
@@ -106,12 +121,13 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
     """
     model = skeleton(copy.deepcopy(config))
     head = head_name(model)
-    if _head_is_apart(model, source, head):
+    if head and _head_is_apart(model, source, head):
         untie_head(model)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tied = bool(head) and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    fresh = begin_fresh(model, device)
     embedding = _name_of(model, model.get_input_embeddings())
     trainable = {name for name, p in model.named_parameters() if p.requires_grad and _in_float(model, name, p)}
-    entries = list(_entries(model, source, head, tied))
+    entries = list(_entries(model, source, head, tied, set(fresh)))
     identity = fingerprint(source, cache / "fingerprints.json")
     store = base_store(source, identity, entries, cache)
     meter, inputs = FlopMeter(), InputCache()
@@ -120,27 +136,31 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
         shared, bias = model.get_input_embeddings().weight, model.get_output_embeddings().bias
         linears[head] = Int8Linear(shared, bias, name=head, backend=backend, inputs=inputs, meter=meter)
         model.set_output_embeddings(linears[head])
-    vectors = {name: p for name, p in model.named_parameters() if name in trainable}
+    vectors = {name: p for name, p in model.named_parameters() if name in trainable and name not in fresh}
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
         raise InputError(f"'{left[0]}' was not filled: the architecture {type(model).__name__} is not supported yet")
     model.to(device).eval().requires_grad_(False)
+    for parameter in fresh.values():
+        parameter.requires_grad_(True)
     fuse(model, backend.kernels)
     use_experts(model, backend.kernels)
     if backend.kernels is not None:
         use_causal(model, backend.kernels)
     attach(model, meter)
-    verify_head(model, linears[head], device)
+    if head:
+        verify_head(model, linears[head], device)
     by_name = {entry.name: entry for entry in entries}
     if tied:
         by_name[head] = by_name[embedding]
-    return Int8Model(model, linears, vectors, head, tied, meter, source, store, identity, device, inputs, [], by_name)
+    handles = model, linears, vectors, head, tied, meter, source, store, identity, device, inputs
+    return Int8Model(*handles, [], by_name, fresh)
 
 
 def skeleton(config: Any) -> Any:
     """The float architecture with its matrices on the meta device and small tensors in place."""
     attention, auto = register_attention(), auto_class(config)
-    with _NoMatrices():
+    with _NoMatrices(), not_drawn(config):
         try:
             return auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
         except (ValueError, KeyError):  # an architecture with attention of its own
@@ -186,14 +206,14 @@ def _in_float(model: Any, name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim < 2 or is_router(model.get_submodule(name.rpartition(".")[0]), parameter)
 
 
-def _entries(model: Any, source: Source, head: str, tied: bool) -> Iterator[Entry]:
+def _entries(model: Any, source: Source, head: str, tied: bool, fresh: set[str]) -> Iterator[Entry]:
     stacks = stacks_of(model)
     prefix = getattr(model, "base_model_prefix", "")
     pieces, seen = pieces_of(model, source.files), set()
     for module_name, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{short}"
-            if (tied and name == head) or id(parameter) in seen:
+            if (tied and name == head) or name in fresh or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")

@@ -17,6 +17,7 @@ from edgegt.units import format_text, parse_bytes, parse_duration, parse_energy
 
 STRATEGY_NAMES = ("greentrainer", "greentrainer-dp", "last-layers", "bias", "random", "full")
 SCHEDULES = ("linear", "cosine", "constant")
+TASKS = ("generation", "classification")
 DATA_FORMATS = ("messages", "conversations", "prompt-completion", "instruction", "text", "piqa")
 
 
@@ -33,8 +34,13 @@ class RunOptions:
     data: str | None = _option(
         None, "JSONL, JSON, CSV, TSV, Parquet, Arrow or text file, or a folder of them (default: one household's)"
     )
+    task: str = _option(
+        "generation", "what is learned: to write text, or to say the class of a text (encoders too)", choices=TASKS
+    )
     columns: str | None = _option(
-        None, "which fields to read, such as prompt=question.text,completion=answers, text=body or messages=turns"
+        None,
+        "which fields to read, such as prompt=question.text,completion=answers, text=body, messages=turns, or "
+        "text=review,label=stars for classification",
     )
     format: str | None = _option(None, "what the rows hold (default: what their fields say)", choices=DATA_FORMATS)
     output: str | None = _option(None, "run folder to write (default: runs/<model>-<device>-<number>)")
@@ -98,6 +104,11 @@ class RunOptions:
                 f"--checkpoint-every '{format_text(text)}' is neither steps nor a time: write a positive number of "
                 "steps, or a time such as 90s or 5m"
             ) from None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the class of a text is learned."""
+        return self.task == "classification"
 
     @property
     def measures_importance(self) -> bool:
@@ -167,6 +178,11 @@ def _number_problems(options: RunOptions) -> list[str]:
 
 def _choice_problems(options: RunOptions) -> list[str]:
     problems = []
+    if options.task == "classification" and options.format:
+        problems.append(
+            f"--format {format_text(options.format)} goes with --task generation: give --columns text=NAME,label=NAME, "
+            "or leave it out where the fields are called text (or sentence) and label"
+        )
     if options.columns and options.format:
         problems.append(f"--columns and --format {options.format} both say which fields to read: leave one of them out")
     for item in dataclasses.fields(options):

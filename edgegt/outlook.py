@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edgegt.architecture import decoder_start, positions_of
+from edgegt.architecture import decoder_start, is_classifier, outputs_of, positions_of
 from edgegt.budget import (
     Need,
     Probes,
@@ -26,6 +26,7 @@ from edgegt.cost import BatchShape, CostTable
 from edgegt.device import Resolved
 from edgegt.errors import BudgetError, InputError
 from edgegt.job import (
+    NO_CLASSES,
     ONLY_THE_HOUSEHOLD,
     Schedule,
     head_forms,
@@ -81,6 +82,7 @@ def look_ahead(options: RunOptions, log: Log) -> dict[str, Any]:
 def prospect(options: RunOptions, log: Log) -> Prospect:
     """`look_ahead`, with the problem and the plan."""
     from edgegt import home
+    from edgegt.classifier import check_writes
     from edgegt.source import read_config
     from edgegt.trace import trace
 
@@ -95,8 +97,12 @@ def prospect(options: RunOptions, log: Log) -> Prospect:
     if less:
         log.fallback(less)
     config = read_config(name, for_run=False)
-    options = within_positions(options, positions_of(config))
-    batches = batches_of(options, name, config)
+    if options.classifies:
+        config, batches = classified_batches(options, name, config)
+    else:
+        check_writes(config)
+        options = within_positions(options, positions_of(config))
+        batches = batches_of(options, name, config)
     table = trace(config, causal=resolved.profile.kind not in ON_GPU)
     return prospect_of(options, resolved, memory_bytes, table, config, name, batches)
 
@@ -125,9 +131,35 @@ def batches_of(options: RunOptions, model: str, config: Any) -> Batches:
     return Batches(Schedule(empty, (shape,) * steps, (steps,)), words, used)
 
 
+def classified_batches(options: RunOptions, model: str, config: Any) -> tuple[Any, Batches]:
+    """The same for classification, and the config with its classes: two, where no data say which there are."""
+    from edgegt.classifier import as_classifier, classifier_positions, known_labels, reading_of
+    from edgegt.source import load_tokenizer, locate, stored_names
+
+    if options.model is None:
+        raise InputError(NO_CLASSES)
+    reading, stored = reading_of(config), stored_names(model)
+    options = within_positions(options, classifier_positions(config))
+    if options.data is not None:
+        corpus = read_corpus(options, load_tokenizer(locate(model, weights=False)), None, reading)
+        schedule = make_schedule(options, corpus.train)
+        words = (
+            f"{corpus.name} ({corpus.format}, {corpus.layout}, {len(corpus.labels)} classes): {schedule.steps} steps"
+        )
+        words += f" of {options.batch_size} rows, at most {max(shape.tokens for shape in schedule.shapes)} tokens"
+        return as_classifier(config, corpus.labels, options.seed, stored), Batches(schedule, words, 0)
+    tokens, labels = min(DEFAULT_TOKENS, options.max_length), known_labels(config) or ("0", "1")
+    shape, steps = BatchShape(options.batch_size, tokens, 1), options.steps or DEFAULT_STEPS
+    words = f"default: {steps} steps of {shape.rows} rows x {tokens} tokens, {len(labels)} classes"
+    empty = tuple((0.0, ()) for _ in range(steps))
+    return as_classifier(config, labels, options.seed, stored), Batches(
+        Schedule(empty, (shape,) * steps, (steps,)), words, 0
+    )
+
+
 def vocabulary_of(config: Any) -> int:
-    """Number of tokens that the model of this transformers config knows."""
-    return int(config.get_text_config().vocab_size)
+    """Number of tokens that the model of this transformers config knows, or of the classes."""
+    return outputs_of(config)
 
 
 def prospect_of(
@@ -143,7 +175,8 @@ def prospect_of(
     schedule, profile = batches.schedule, resolved.profile
     longest = BatchShape(1, max(s.tokens for s in schedule.shapes), max(s.kept for s in schedule.shapes))
     vocabulary = vocabulary_of(config)
-    rates, heads = of_profile(profile), head_forms(batches.used_tokens, vocabulary)
+    rates = of_profile(profile)
+    heads = (None,) if is_classifier(config) else head_forms(batches.used_tokens, vocabulary)
     copied = table.largest_weight if profile.kind in ON_GPU else 0
     need = Need(table, FLOOR_BYTES, vocabulary, longest, head_rows=heads, rates=rates, copy_bytes=copied)
     rho, seconds = options.rho or profile.rho, options.seconds_of(profile)

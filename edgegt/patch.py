@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,16 +38,19 @@ def rows_name(name: str) -> str:
 
 def save_patch(
     path: Path, tensors: Mapping[str, torch.Tensor | Item], fingerprint: str, model: str, version: str,
-    separator: str = "",
+    separator: str = "", labels: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Write the trained tensors (float32, by weight name) with the base's fingerprint, whole or not at all.
 
     tensors: as they are, or items that are fetched one at a time; trained rows of a linear come as '<name>' [R, in] and
     '<name>|rows' int64 [R].
     separator: what stood between prompt and completion in training, so that the patch can be asked alike.
+    labels: of a classifier its classes, in the order of its logits.
     """
     kind = ROWS_FORMAT if any(name.endswith(_ROWS) for name in tensors) else FORMAT
     about = {"format": kind, "fingerprint": fingerprint, "model": model, "edgegt": version, "separator": separator}
+    if labels:
+        about["labels"] = json.dumps(list(labels))
     items = [given if isinstance(given, Item) else Item.of(name, given) for name, given in tensors.items()]
     write_sealed(path, items, about)
 
@@ -84,6 +87,17 @@ def read_patch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, about
 
 
+def patch_labels(path: Path, about: Mapping[str, str]) -> tuple[str, ...]:
+    """The classes of a classifier's patch, none of a language model's. Raises: InputError when they are no list."""
+    try:
+        found = json.loads(about.get("labels", "[]"))
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(label, str) for label in found) or len(found) == 1:
+        raise _unfit(path, f"has the labels '{format_text(about['labels'])}', which are no list of classes")
+    return tuple(found)
+
+
 def _name_given_twice(path: Path) -> str | None:
     """A name that the header of a readable file gives twice, of which the library would take the last."""
     found: list[str] = []
@@ -113,6 +127,7 @@ def apply_patch(model: Int8Model, path: Path) -> dict[str, str]:
             f"{format_text(about['fingerprint'][:12])}) than '{model.source.name}' ({model.fingerprint[:12]}): give "
             "that base with --model"
         )
+    _check_task(model, path, patch_labels(path, about))
     values = {name: tensor for name, tensor in tensors.items() if not name.endswith(_ROWS)}
     for name in tensors.keys() - values.keys():
         if name.removesuffix(_ROWS) not in values:
@@ -128,6 +143,19 @@ def apply_patch(model: Int8Model, path: Path) -> dict[str, str]:
     if model.tied and model.head not in tensors and any(holder is embedding for holder in holders.values()):
         model.linears[model.head].restore(embedding.weight)
     return about
+
+
+def _check_task(model: Int8Model, path: Path, labels: tuple[str, ...]) -> None:
+    """Raises: InputError when the patch was trained for another task than the model is loaded for, or other classes."""
+    if labels == model.labels:
+        return
+    if labels and model.labels:
+        said = f"tells the classes {format_text(', '.join(labels))} apart, and the model others"
+    elif labels:
+        said = "was trained with --task classification, and the model answers in words"
+    else:
+        said = "was trained to answer in words, and the model is loaded for --task classification"
+    raise InputError(f"patch '{format_text(path, None)}' {said}: give a patch of the same task")
 
 
 def _fitting_holder(model: Int8Model, path: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> Holder:

@@ -12,10 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from edgegt.architecture import decoder_start, positions_of
+from edgegt.architecture import decoder_start, outputs_of, positions_of
 from edgegt.budget import Need, Probes, check_memory, check_time, flops_budget, plan_probes, rows_that_fit
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Checkpoints
+from edgegt.classifier import as_classifier, check_writes, classifier_positions, fresh_line, fresh_numel, reading_of
 from edgegt.cost import CostTable
 from edgegt.data import data_files
 from edgegt.device import Resolved
@@ -116,8 +117,7 @@ class Setup:
 
     @property
     def pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)
+        return pad_of(self.tokenizer)
 
     def evaluation_rows(self, held_bytes: int) -> int:
         """Rows of an evaluation batch beside `held_bytes`: no more than of a training batch, which sets the peak."""
@@ -128,6 +128,12 @@ class Setup:
         """Prompts answered together; only their last position reaches the head."""
         most = min(32, 4 * self.options.batch_size)
         return rows_that_fit(lambda rows: self.need.answer_bytes(rows, held_bytes), most, self.memory_bytes)
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The id that rows are padded with; what a tokenizer without padding and end-of-text pads with does not matter."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return 0 if pad is None else int(pad)
 
 
 def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spent_s: float = 0.0) -> Setup:
@@ -145,13 +151,22 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
     config = read_config(name)
     source = open_source(name)
     tokenizer = load_tokenizer(source.directory)
-    given, options = options.max_length, within_positions(options, positions_of(config))
-    corpus = read_corpus(options, tokenizer, decoder_start(config))
+    given, reading, positions = options.max_length, None, positions_of(config)
+    if options.classifies:
+        reading, positions = reading_of(config), classifier_positions(config)
+    else:
+        check_writes(config)
+    options = within_positions(options, positions)
+    corpus = read_corpus(options, tokenizer, None if reading else decoder_start(config), reading)
     if options.max_length < given and corpus.reports[0].cut:
         log.fallback(f"the model knows {options.max_length} positions: rows are cut to that, not to {given}")
     log.say(f"data: {corpus.name} ({corpus.format}, {corpus.layout}), to train on {corpus.reports[0].line()}")
     for line in (*corpus.bad_lines(), *corpus.notes):
         log.fallback(line)
+    if corpus.labels:
+        config = as_classifier(config, corpus.labels, options.seed, source.files)
+        if fresh := fresh_line(config, fresh_numel(config)):
+            log.fallback(fresh)
     log.say(f"held out: {corpus.reports[1].rows} rows, {len(corpus.held_out)} of them evaluated")
 
     device, watch = start_torch(options, resolved, log, decided.threads if decided else None)
@@ -167,11 +182,11 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
     else:
         eight_bit, rates = decided.eight_bit, Rates(**decided.rates)
     trim()
-    vocabulary = int(config.get_text_config().vocab_size)
+    vocabulary = outputs_of(config)
     need = Need(
         table, decided.floor_bytes if decided else watch.now(), vocabulary, corpus.longest_held_out,
         formats=tuple(formats for formats in FORMATS if eight_bit or formats.states == "float32"),
-        head_rows=head_forms(len(corpus.used_tokens), vocabulary), rates=rates,
+        head_rows=(None,) if corpus.labels else head_forms(len(corpus.used_tokens), vocabulary), rates=rates,
         copy_bytes=table.largest_weight if device.type == "cuda" else 0,
         prepared_bytes=decided.prepared_bytes if decided else watch.peak(),
     )  # fmt: skip
@@ -317,7 +332,7 @@ def machine_rates(
     from edgegt.architecture import text_config
     from edgegt.speed import of_machine
 
-    width = max(weight.shape[1] for weight in table.weights if weight.kind == "head")
+    width = table.width
     typical = sorted(schedule.shapes, key=lambda shape: shape.rows * shape.tokens)[len(schedule.shapes) // 2]
     heads = getattr(text_config(config), "num_attention_heads", None) or max(1, width // 64)
     return of_machine(

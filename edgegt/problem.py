@@ -15,6 +15,7 @@ from edgegt.memory import (
     Formats,
     Setting,
     Surroundings,
+    always_bytes,
     fragment_bytes,
     gradient_bytes,
     kept_bytes,
@@ -240,9 +241,12 @@ class _Builder:
             for bit in self.candidates
             if self.table.weights[bit].kind != "head"
         }
+        # One that is always trained has its gradient whatever is chosen.
+        least = max(map(gradient_bytes, self.table.always), default=0)
         steps, below = [], 0
-        for size in sorted(set(sizes.values())):
-            steps.append((sum(1 << bit for bit in sizes if sizes[bit] >= size), size - below))
+        for size in sorted({max(least, size) for size in sizes.values()}):
+            mask = sum(1 << bit for bit in sizes if max(least, sizes[bit]) >= size)
+            steps.append((mask, size - below))
             below = size
         return steps
 
@@ -251,6 +255,7 @@ class _Builder:
         resting = set(problem.around.demoted)
         room = problem.memory_bytes - problem.around.floor_bytes - table.base_bytes
         room -= library_bytes(self.setting.accumulate)
+        room -= always_bytes(table, self.setting.accumulate, self.setting.formats)
         room = _without_slack(room) - sum(plane_bytes(weight) for weight in table.weights if weight.name in resting)
         logits, transient = passing_bytes(table, problem.around, self.setting)
         flops = problem.flops - table.forward.over(problem.totals)

@@ -95,6 +95,7 @@ class Rates:
         return (
             self._forward_s(table, totals)
             + _logits(table, totals) / self.logits
+            + sum(self.trained_s(weight, totals, steps) for weight in table.always)
             + self.dispatch_s * dispatches(table) * max(micro_batches, steps)
         )
 

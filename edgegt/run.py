@@ -260,25 +260,28 @@ EXAMPLES = 6
 def evaluate(setup: Setup, trainee: Any, log: Log, when: str) -> Evaluation:
     """Held-out loss, exact match for the household, and answers to show; its FLOPs are not training FLOPs."""
     from edgegt import home
-    from edgegt.evaluate import answer, exact_match, held_out_loss
+    from edgegt.evaluate import answer, classified, exact_match, held_out_loss, says, score_words
 
     held_out, module = setup.corpus.held_out, trainee.module
     rows, prompts_together = setup.evaluation_rows(trainee.held_bytes), setup.answer_rows(trainee.held_bytes)
     with trainee.meter.off():
-        numbers = held_out_loss(module, held_out, setup.pad_id, rows, setup.device)
+        measure = classified if setup.corpus.labels else held_out_loss
+        numbers = measure(module, held_out, setup.pad_id, rows, setup.device)
         if setup.corpus.general:
             for key, examples in (("exact_match", held_out), ("general_exact_match", setup.corpus.general)):
                 prompts = [example.prompt for example in examples]
                 texts = answer(module, setup.tokenizer, prompts, home.NEW_TOKENS, prompts_together, setup.device)
                 numbers[key] = exact_match(texts, [example.row for example in examples])
         answers: list[str] = []
-        if setup.options.examples:
+        if setup.options.examples and setup.corpus.labels:
+            answers = says(module, shown(setup), setup.corpus.labels, setup.pad_id, rows, setup.device)
+        elif setup.options.examples:
             longest = max(len(example.completion) for example in held_out)
             prompts = [example.prompt for example in shown(setup)]
             new, together = min(ANSWER_TOKENS, longest + 8), min(prompts_together, 8)
             answers = answer(module, setup.tokenizer, prompts, new, together, setup.device)
     trim()
-    said = f"loss {numbers['loss']:.3f} on {numbers['rows']} held-out rows"
+    said = f"loss {numbers['loss']:.3f} on {numbers['rows']} held-out rows{score_words(numbers)}"
     if "exact_match" in numbers:
         said += f", exact match {numbers['exact_match']:.1%}, general {numbers['general_exact_match']:.1%}"
     log.say(f"{when}: {said}")
@@ -369,12 +372,13 @@ def write_report_apart(path: Path, log: Log) -> None:
 
 def summary(folder: RunFolder) -> str:
     """The last lines of a run: what was gained, what it cost, and what to do with it."""
+    from edgegt.evaluate import score_words
     from edgegt.units import format_bytes
 
     run_json, result = folder.read("run.json"), folder.read("eval.json")
     measured, budget = run_json["measured"], run_json["budget"]
     before, after = result["before"], result["after"]
-    lines = [f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}"]
+    lines = [f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}{score_words(before, after)}"]
     if "exact_match" in after:
         lines.append(
             f"household exact match {before['exact_match']:.1%} -> {after['exact_match']:.1%}, "

@@ -38,6 +38,8 @@ class Resting:
 class Trainables:
     """The trained tensors of one model, by name. parked: the folder that demoted ones go to.
 
+    The weights that the model's files lack are live from the first selection on.
+
     before_update: called with a tensor's name before it changes; before_selection: before any is promoted or demoted.
     A checkpoint that is being written makes them wait.
     """
@@ -65,7 +67,7 @@ class Trainables:
 
     def select(self, names: Iterable[str]) -> None:
         """Make exactly these tensors trainable. Raises: KeyError for a name that cannot be trained."""
-        wanted = list(names)
+        wanted = [*names, *self.model.fresh]
         self.before_selection()
         for name in [name for name in self.live if name not in wanted]:
             self._demote(name)
@@ -152,7 +154,7 @@ class Trainables:
         if name in self.model.linears:
             parameter = self._promote_linear(name, saved)
         else:
-            parameter = self.model.vectors[name]
+            parameter = self.model.float_parameter(name)
             parameter.requires_grad_(True)
             if MASTER in saved:
                 parameter.data.copy_(saved[MASTER])

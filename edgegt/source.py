@@ -206,6 +206,14 @@ def open_source(model: str) -> Source:
     return Source(folder, folder.resolve().name if local else model.rpartition("/")[2], files)
 
 
+def stored_names(model: str) -> frozenset[str] | None:
+    """Names of the tensors that a model's files have; None where there is only a config. Raises: as `open_source`."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir() or not any(folder.glob("*.safetensors*")):
+        return None
+    return frozenset(open_source(model).files)
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 from edgegt.architecture import decoder_start, positions_of
-from edgegt.data import Example, Source, TokenReport, tokenize
+from edgegt.classifier import check_writes, classifier_positions, reading_of
+from edgegt.data import Example, LabelReport, Source, TokenReport, classes_of, labelled, tokenize
 from edgegt.errors import InputError
 from edgegt.job import bad_line, read_sources, within_positions
 from edgegt.options import RunOptions
@@ -34,13 +35,21 @@ def survey(options: RunOptions) -> Tree:
     sources = read_sources(options)
     tokenizer = load_tokenizer(locate(options.model, weights=False))
     config = read_config(options.model, for_run=False)
+    if options.classifies:
+        fitting = within_positions(options, classifier_positions(config))
+        reading = reading_of(config)
+        classes = classes_of(sources[0].rows, reading)
+        made = [labelled(source.rows, tokenizer, fitting.max_length, classes, reading) for source in sources]
+        sides = [_side(source, tokenizer, *one) for source, one in zip(sources, made, strict=True)]
+        return {"model": options.model, "max_length": fitting.max_length, "files": sides}
+    check_writes(config)
     fitting = within_positions(options, positions_of(config))
-    sides = [_side(source, tokenizer, fitting, decoder_start(config)) for source in sources]
+    start, most, skip = decoder_start(config), fitting.max_length, options.skip_bad_rows
+    sides = [_side(source, tokenizer, *tokenize(source.rows, tokenizer, most, skip, start)) for source in sources]
     return {"model": options.model, "max_length": fitting.max_length, "files": sides}
 
 
-def _side(source: Source, tokenizer: Any, options: RunOptions, start: int | None) -> Tree:
-    examples, report = tokenize(source.rows, tokenizer, options.max_length, options.skip_bad_rows, start)
+def _side(source: Source, tokenizer: Any, examples: Sequence[Example], report: TokenReport) -> Tree:
     dropped = dict(source.dropped) | ({"bad row": len(source.bad)} if source.bad else {})
     for reason, count in report.dropped.items():
         dropped[reason] = dropped.get(reason, 0) + count
@@ -53,6 +62,7 @@ def _side(source: Source, tokenizer: Any, options: RunOptions, start: int | None
         "bad_rows": [{"row": row.number, "reason": row.reason} for row in source.bad],
         "examples": report.examples, "longest": report.longest, "mean_tokens": report.mean_tokens,
         "supervised_tokens": report.supervised_tokens, "least_supervised": min(learned),
+        "classes": dict(report.counts) if isinstance(report, LabelReport) else None,
         "lengths": _lengths(examples, report), "notes": list(report.notes),
         "shown": [
             {"row": one.row.number, "pieces": _pieces(one, tokenizer)} for one in different[: -SHOWN_ROWS - 1 : -1]
@@ -72,6 +82,9 @@ def _lengths(examples: Sequence[Example], report: TokenReport) -> list[Tree]:
 
 def _pieces(example: Example, tokenizer: Any) -> list[Tree]:
     """The example as text, in stretches that are read and stretches that are learned."""
+    if example.label is not None:
+        read = str(tokenizer.decode(list(example.prompt)))
+        return [{"text": f"{read} ", "learned": False}, {"text": example.row.completion, "learned": True}]
     cuts = [0, *(edge for gap in example.gaps for edge in gap), len(example.completion)]
     stretches = [(example.prompt, False)]
     for place, (first, end) in enumerate(pairwise(cuts)):
@@ -94,7 +107,10 @@ def _side_text(side: Tree, most: int, marks: tuple[str, str]) -> str:
         f"data       {format_text(side['name'], None)}: {side['format']}, {side['layout']}",
         f"rows       {side['rows']}: {side['kept']} kept{pieces}, {side['cut']} of them cut to {most} tokens, "
         f"{sum(side['dropped'].values())} dropped{f' ({reasons})' if reasons else ''}",
-        f"learned    {side['supervised_tokens']:,} tokens: {mean:.0f} per example, at least {side['least_supervised']}",
+        f"learned    {side['supervised_tokens']:,} tokens: {mean:.0f} per example, at least {side['least_supervised']}"
+        if side["classes"] is None
+        else f"learned    {len(side['classes'])} classes",
+        *(f"  {format_text(label, 30):<30} {count}" for label, count in (side["classes"] or {}).items()),
         *(f"note       {line}" for line in (*side["notes"], *([side["bad"]] if side["bad"] else []))),
         f"lengths    tokens per example: {side['mean_tokens']:.0f} on average, at most {side['longest']}",
     ]

@@ -26,6 +26,7 @@ from edgegt.architecture import (
     block_in,
     has_own_head,
     head_name,
+    is_classifier,
     is_encoder_decoder,
     is_experts,
     is_int8,
@@ -35,6 +36,7 @@ from edgegt.architecture import (
     text_config,
 )
 from edgegt.attention import register_attention, use_causal
+from edgegt.classifier import fresh_of, not_drawn
 from edgegt.cost import BatchShape, Block, CostTable, Path, Weight, Work
 from edgegt.errors import InputError
 from edgegt.experts import use_experts
@@ -43,13 +45,16 @@ from edgegt.graph import NO_LAYER, Reading, Routed, candidates, noting_layers, r
 
 _MORE_ROWS = BatchShape(4, 16, 8)
 _SHAPES = (BatchShape(2, 16, 8), BatchShape(2, 32, 8), BatchShape(2, 48, 8), BatchShape(2, 16, 12))
+_ONE_LABEL = tuple(BatchShape(shape.rows, shape.tokens, 1) for shape in (_MORE_ROWS, *_SHAPES))
 _CROSS_SHAPES = (BatchShape(2, 16, 16), BatchShape(2, 32, 12))
 _SCALE_BYTES = 2
 _TOKEN_SCALE_BYTES = 4
 
 
 def trace(config: Any, dtype: torch.dtype = torch.float32, causal: bool = False) -> CostTable:
-    """The cost table of the language model that `config` describes: decoder-only, or an encoder-decoder.
+    """The cost table of the model that `config` describes: decoder-only, an encoder-decoder, or a classifier.
+
+    Of a classifier a row has one kept position: what runs once per row is counted by the row.
 
     causal: attention will run as the causal node (`attention`), which keeps less than torch's kernel.
     Raises: InputError when the architecture is unknown to transformers or has weights that no path explains.
@@ -59,25 +64,28 @@ def trace(config: Any, dtype: torch.dtype = torch.float32, causal: bool = False)
         if causal and dtype == torch.float32:
             use_causal(model, None)
         shapes = (*_SHAPES, *_CROSS_SHAPES) if is_encoder_decoder(model.config) else _SHAPES
-        readings = [_read(model, shape) for shape in (_MORE_ROWS, *shapes)]
+        every = _ONE_LABEL if is_classifier(model.config) else (_MORE_ROWS, *shapes)
+        readings = [_read(model, shape) for shape in every]
         return _table(model, tied, readings)
 
 
 def _build(config: Any, dtype: torch.dtype) -> tuple[Any, bool]:
     """The model with a head of its own, and whether its head was the embedding."""
     form = "an encoder-decoder" if is_encoder_decoder(config) else "a causal language model"
+    form = "a classifier" if is_classifier(config) else form
     try:
-        model = _as_trained(auto_class(config), config, dtype)
+        with not_drawn(config):
+            model = _as_trained(auto_class(config), config, dtype)
     except (ValueError, KeyError, AttributeError, RuntimeError) as error:
         kind = getattr(config, "model_type", "?")
         raise InputError(
             f"architecture '{kind}' cannot be built as {form} ({str(error).splitlines()[0][:120]}): "
             "give a decoder-only model that this version of transformers knows"
         ) from error
-    head = model.get_submodule(head_name(model).rpartition(".")[0])
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    shared = any(module.weight is head.weight for module in embeddings)
-    if shared:
+    head = None if is_classifier(config) else model.get_submodule(head_name(model).rpartition(".")[0])
+    shared = head is not None and any(module.weight is head.weight for module in embeddings)
+    if head is not None and shared:
         head.weight = nn.Parameter(torch.empty_like(head.weight))
     for module in embeddings:
         module.weight.requires_grad_(False)
@@ -107,7 +115,7 @@ def _read(model: Any, shape: BatchShape) -> Reading:
     if is_encoder_decoder(model.config):
         inputs: dict[str, Any] = {"decoder_input_ids": torch.zeros(shape.rows, shape.kept, dtype=torch.long)}
     else:
-        inputs = {"logits_to_keep": shape.kept}
+        inputs = {} if is_classifier(model.config) else {"logits_to_keep": shape.kept}
     with noting_layers(all_layers(model)) as spans:
         try:
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
@@ -116,6 +124,8 @@ def _read(model: Any, shape: BatchShape) -> Reading:
             raise InputError(
                 f"'{model.config.model_type}' cannot be traced ({line}): this architecture is not supported yet"
             ) from error
+    if is_classifier(model.config):
+        return read_graph(model, logits, spans)
     if logits.shape[1] != shape.kept:
         raise InputError(f"{type(model).__name__} does not know logits_to_keep: this architecture is not supported yet")
     return read_graph(model, logits, spans)
@@ -160,6 +170,7 @@ def _table(model: Any, tied: bool, readings: list[Reading]) -> CostTable:
         [(mask, NO_LAYER, work, Work()) for (mask, _), work in zip(first.paths, flops, strict=True)]
         + [(mask, layer, Work(), work) for (mask, layer, _), work in zip(first.saved, saved, strict=True)]
         + _stage_inputs(weights, blocks, first.routed)
+        + _always(model, readings, (1 << len(weights)) - 1)
     )
     counted = {name: p for name, p in model.named_parameters() if not (tied and name == head)}
     return CostTable(
@@ -174,7 +185,25 @@ def _table(model: Any, tied: bool, readings: list[Reading]) -> CostTable:
         float_bytes=sum(4 * p.numel() for p in counted.values()),
         widest=_widest(weights, first.routed),
         encoder_decoder=is_encoder_decoder(model.config),
+        always=tuple(_fresh_weight(model, name, blocks) for name in fresh_of(model.config)),
+        hidden=int(text_config(model.config).hidden_size) if is_classifier(model.config) else 0,
     )
+
+
+def _fresh_weight(model: Any, name: str, blocks: int) -> Weight:
+    """A weight that is always trained, float like a vector. What its gradient costs is a path of every choice."""
+    return Weight(name, "vector", blocks, tuple(model.get_parameter(name).shape), -1, Work())
+
+
+def _always(model: Any, readings: list[Reading], everything: int) -> list[tuple[int, int, Work, Work]]:
+    """The gradients of weights that are always trained, and the float inputs that they keep."""
+    terms = []
+    for name in fresh_of(model.config):
+        if name in readings[0].dw:
+            dw, width = _solve([reading.dw[name] for reading in readings]), model.get_parameter(name).shape[1]
+            kept = Work(token=4 * width) if dw.token else Work(row=4 * width)
+            terms.append((everything, NO_LAYER, dw, kept))
+    return terms
 
 
 def _of_decoder(work: Work) -> Work:
@@ -224,7 +253,9 @@ def _per_position(weight: Weight, size: int) -> Work:
     """So much for every position that the weight reads."""
     if weight.dw.kept:
         return Work(kept=size)
-    return Work(decoder=size) if weight.dw.decoder else Work(token=size)
+    if weight.dw.decoder:
+        return Work(decoder=size)
+    return Work(token=size) if weight.dw.token else Work(row=size)
 
 
 def _merge(terms: list[tuple[int, int, Work, Work]]) -> tuple[Path, ...]:
@@ -250,6 +281,8 @@ def _widest(weights: tuple[Weight, ...], routed: dict[str, Routed]) -> Work:
 def _base_bytes(model: Any, counted: dict[str, Any]) -> int:
     total = 0
     for name, parameter in counted.items():
+        if name in fresh_of(model.config):
+            continue  # it is a master
         if is_int8(model.get_submodule(name.rpartition(".")[0]), parameter):
             rows = max(parameter.shape) if parameter.ndim == 2 else parameter.shape[0] * parameter.shape[1]
             total += parameter.numel() + _SCALE_BYTES * rows

@@ -12,7 +12,7 @@ import torch
 from edgegt.budget import fitting_probe_rows, largest
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Saved
-from edgegt.data import Batch, collate
+from edgegt.data import Batch, collate, matched
 from edgegt.errors import EdgegtError, InputError, is_out_of_memory
 from edgegt.guard import StepBack
 from edgegt.held import added_bytes, base_bytes, held_terms, planned_bytes
@@ -91,7 +91,7 @@ class Int8Trainee:
         self.keeper.checkpoints.finish()
         trained = self.trainables.items()
         if trained:
-            about = self.setup.source.name, __version__, self.setup.corpus.separator
+            about = self.setup.source.name, __version__, self.setup.corpus.separator, self.model.labels
             save_patch(self.keeper.folder.patch, trained, self.fingerprint, *about)
         self.trainables.release()
         trim()
@@ -184,7 +184,7 @@ class Int8Trainee:
 
     def _standing(self) -> Standing:
         later = len(self.rounds.lengths) - self.index - 1
-        trained = tuple(sorted({*self.trainables.resting, *self.trainables.live}))
+        trained = tuple(sorted({*self.trainables.resting, *self.trainables.live} - {*self.model.fresh}))
         return Standing(self.index, self.progress.step, self.meter.total, trained, later, self.after_s)
 
     def _step_back(self, back: StepBack) -> None:
@@ -280,8 +280,11 @@ class Int8Trainee:
             return
         # Only rows that are trained on: others may be longer, and both budgets know the longest of these.
         pool = sorted({i for _, indices in setup.schedule.batches for i in indices})
-        picked = [train[i] for i in draw.sample(pool, min(wanted, len(pool)))]
-        picked += [train[draw.choice(pool)] for _ in range(wanted - len(picked))]
+        if setup.corpus.labels:
+            picked = [train[i] for i in matched(train, pool, rows, wanted // rows, draw)]
+        else:
+            picked = [train[i] for i in draw.sample(pool, min(wanted, len(pool)))]
+            picked += [train[draw.choice(pool)] for _ in range(wanted - len(picked))]
         batches = [
             collate(picked[start : start + rows], setup.pad_id, setup.options.max_length)
             for start in range(0, wanted, rows)

@@ -17,7 +17,7 @@ from edgegt.options import DATA_FORMATS, RunOptions
 from edgegt.units import format_text
 
 if TYPE_CHECKING:
-    from edgegt.data import Example
+    from edgegt.data import Example, Reading
 
 # Of `edgegt eval --metrics`: rows that are answered unless told, and new tokens of an answer at most.
 ANSWERED_ROWS = 128
@@ -33,6 +33,7 @@ class Subject:
     device: Any
     options: RunOptions | None
     separator: str
+    labels: tuple[str, ...] = ()
 
     @property
     def start(self) -> int | None:
@@ -40,6 +41,21 @@ class Subject:
         from edgegt.architecture import decoder_start
 
         return decoder_start(self.module.config)
+
+    @property
+    def reading(self) -> Reading | None:
+        """How rows are read for classification; None of a language model."""
+        from edgegt.classifier import reading_of
+
+        return reading_of(self.module.config, self.labels) if self.labels else None
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a row may have."""
+        from edgegt.architecture import positions_of
+        from edgegt.classifier import classifier_positions
+
+        return (classifier_positions if self.labels else positions_of)(self.module.config)
 
 
 def load_subject(run: str | None, model: str | None, patch: str | None) -> Subject:
@@ -67,31 +83,38 @@ def _loaded(name: str, patch: Path | None, options: RunOptions | None, separator
     import torch
 
     from edgegt.cache import cache_dir
+    from edgegt.classifier import as_classifier, check_writes, known_labels
     from edgegt.model import load_int8
-    from edgegt.patch import apply_patch, read_patch
+    from edgegt.patch import apply_patch, patch_labels, read_patch
     from edgegt.prepare import choose_kernels
     from edgegt.source import load_tokenizer, open_source, read_config
 
-    if patch is not None:
-        read_patch(patch)
+    about = read_patch(patch)[1] if patch is not None else {}
     source, config = open_source(name), read_config(name)
+    labels = patch_labels(patch, about) if patch is not None else known_labels(config)
+    if labels:
+        config = as_classifier(config, labels, 0, source.files)
+    else:
+        check_writes(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kernels = choose_kernels(device, Log())
     model = load_int8(config, source, cache_dir(), kernels.backend, device)
     if patch is not None:
         about = apply_patch(model, patch)
         separator = about.get("separator", "") if separator is None else separator
-    return Subject(model.module, load_tokenizer(source.directory), device, options, separator or "")
+    return Subject(model.module, load_tokenizer(source.directory), device, options, separator or "", labels)
 
 
 def generate_text(run: str | None, model: str | None, patch: str | None, prompt: str, tokens: int) -> str:
-    """The greedy answer to one prompt."""
+    """The greedy answer to one prompt; of a classifier the label of the text."""
     from edgegt.data import BY_TEMPLATE, Row, Turn, tokenize
     from edgegt.evaluate import answer
 
     if tokens < 1:
         raise InputError(f"--tokens {tokens} is out of range: give a positive whole number")
     subject = load_subject(run, model, patch)
+    if subject.reading is not None:
+        return _label_of(subject, prompt)
     if subject.options is not None and subject.options.data is None:
         prompt = home.as_prompt(prompt)
     # The prompt as training saw it, with the separator before a completion; the completion itself is cut off again.
@@ -103,6 +126,20 @@ def generate_text(run: str | None, model: str | None, patch: str | None, prompt:
         row = Row(prompt + separator, " x", 1)
     example = tokenize([row], subject.tokenizer, 1 << 20, start=subject.start)[0][0]
     return answer(subject.module, subject.tokenizer, [example.prompt], tokens, 1, subject.device)[0].strip()
+
+
+def _label_of(subject: Subject, text: str) -> str:
+    """The class that a classifier finds a text to be of."""
+    from edgegt.data import Row, labelled
+    from edgegt.evaluate import says
+    from edgegt.prepare import pad_of
+
+    if not text.strip():
+        raise InputError("the text is empty: give one whose class is to be said")
+    assert subject.reading is not None
+    row, most = Row(text, subject.labels[0], 1), subject.positions or 1 << 20
+    examples, _ = labelled([row], subject.tokenizer, most, subject.labels, subject.reading)
+    return says(subject.module, examples, subject.labels, pad_of(subject.tokenizer), 1, subject.device)[0]
 
 
 def _separator(options: RunOptions) -> str:
@@ -134,10 +171,10 @@ def evaluate_subject(
     metrics: names of `metrics.METRICS`, divided by commas; answers: rows that are answered for them, spread evenly
     (default: 128); tokens: new tokens of an answer at most (default: what the longest reference takes, 128 at most).
     """
-    from edgegt.architecture import positions_of
-    from edgegt.data import parse_columns, read_rows, tokenize
-    from edgegt.evaluate import held_out_loss
+    from edgegt.data import labelled, parse_columns, read_rows, tokenize
+    from edgegt.evaluate import classified, held_out_loss
     from edgegt.job import read_corpus, within_positions
+    from edgegt.prepare import pad_of
 
     if data is None and run is None and model is not None:
         raise InputError("--model needs --data: give the file to evaluate on")
@@ -152,25 +189,48 @@ def evaluate_subject(
     if layout is not None and layout not in DATA_FORMATS:
         raise InputError(f"--format '{format_text(layout)}' is not one of {', '.join(DATA_FORMATS)}")
     wanted = columns or (own.columns if layout is None else None)
-    layout = layout or (own.format if columns is None else None)
+    labels = own.classifies or (run is None and model is not None and _classifies(model, patch))
+    if labels and (layout is not None or names):
+        which = "--format" if layout is not None else "--metrics"
+        raise InputError(f"{which} is for answers in words, and this is a classification: leave it out")
+    layout = "classification" if labels else layout or (own.format if columns is None else None)
     skip = skip_bad_rows or own.skip_bad_rows
-    source = read_rows(Path(data), parse_columns(wanted) if wanted else None, skip, layout) if data else None
+    source = read_rows(Path(data), parse_columns(wanted, labels) if wanted else None, skip, layout) if data else None
     subject = load_subject(run, model, patch)
     if source is not None:
-        most = dataclasses.replace(own, max_length=max_length or own.max_length)
-        most = within_positions(most, positions_of(subject.module.config))
-        examples = tuple(tokenize(source.rows, subject.tokenizer, most.max_length, skip, subject.start)[0])
+        longest = dataclasses.replace(own, max_length=max_length or own.max_length)
+        most = within_positions(longest, subject.positions).max_length
+        if subject.reading is None:
+            examples = tuple(tokenize(source.rows, subject.tokenizer, most, skip, subject.start)[0])
+        else:
+            found, report = labelled(source.rows, subject.tokenizer, most, subject.labels, subject.reading)
+            Log().say(f"data: {report.line()}")
+            examples = tuple(found)
     else:
         assert subject.options is not None
-        examples = read_corpus(subject.options, subject.tokenizer, subject.start).held_out
+        given = within_positions(subject.options, subject.positions) if subject.labels else subject.options
+        start = None if subject.labels else subject.start
+        examples = read_corpus(given, subject.tokenizer, start, subject.reading).held_out
+    pad = pad_of(subject.tokenizer)
+    if subject.labels:
+        return classified(subject.module, examples, pad, 16, subject.device)
     asked = _questions(examples, answers or ANSWERED_ROWS, names)
-    pad = subject.tokenizer.pad_token_id
-    pad = subject.tokenizer.eos_token_id if pad is None else pad
     numbers = held_out_loss(subject.module, examples, pad, 16, subject.device)
     if not names:
         return numbers
     scores: dict[str, Any] = {"perplexity": numbers["perplexity"]} if "perplexity" in names else {}
     return numbers | (_answered(subject, asked, names, tokens, scores) if asked else {"scores": scores})
+
+
+def _classifies(model: str, patch: str | None) -> bool:
+    """Whether --model, with --patch or by the head in its files, says the class of a text."""
+    from edgegt.classifier import known_labels
+    from edgegt.patch import patch_labels, read_patch
+    from edgegt.source import read_config
+
+    if patch is not None:
+        return bool(patch_labels(Path(patch), read_patch(Path(patch))[1]))
+    return bool(known_labels(read_config(model)))
 
 
 def _questions(examples: Sequence[Example], count: int, names: Sequence[str]) -> list[Example]:

@@ -23,8 +23,8 @@ LAYERS = {
     "order": "run",
     "stages": "calibrate full trainee recovery rounds held prepare use outlook survey doctor report",
     "parts of a run": "train signals recompute evaluate keeper checkpoint selection importance patch speed budget job",
-    "model and data": "model pieces trace graph architecture attention experts fused head loss optimizer flops store"
-    " source data quant native",
+    "model and data": "model pieces trace graph architecture classifier attention experts fused head loss optimizer"
+    " flops store source data quant native",
     "surroundings": "folder log guard watch pacing sensors home process tensorboard",
     "without torch": "calibrated chunks options device profile host cost rates memory case solver"
     " baselines problem planner value explain frontier metrics",

@@ -28,6 +28,7 @@ def test_the_grid_finds_layers_and_kinds_in_the_names_of_every_family() -> None:
     assert place("lm_head.weight") == ("lm_head", "")
     columns = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     assert short_labels(columns) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
+    assert short_labels(["attention.output.dense", "output.dense"]) == ["attention.output.dense", "output.dense"]
 
 
 def test_the_grid_goes_from_the_loss_down_with_matrices_first() -> None:

@@ -98,7 +98,7 @@ def _plan(parsed: argparse.Namespace) -> int:
 def add_data(commands: Any, name: str) -> None:
     parser = commands.add_parser(name, help="what would be trained of a file or folder", prog="edgegt data")
     parser.add_argument("data", metavar="FILE", help="file or folder, as for --data of a run")
-    add_options(parser, ("model", "columns", "format", "max_length", "skip_bad_rows"))
+    add_options(parser, ("model", "task", "columns", "format", "max_length", "skip_bad_rows"))
     parser.add_argument("--json", action="store_true", help="print only JSON on standard output")
     parser.set_defaults(handler=_data, config=None)
 

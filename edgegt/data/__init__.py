@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgegt.data.examples import Example
 from edgegt.data.folder import DataFiles, data_files
+from edgegt.data.labels import LabelReport, Reading, classes_of, labelled, matched
 from edgegt.data.read import parse_columns, read_parts, read_rows, split_rows
 from edgegt.data.rows import BY_TEMPLATE, BadRow, Row, Source, Turn
 from edgegt.data.tokens import TokenReport, tokenize
@@ -23,13 +24,18 @@ __all__ = [
     "Batch",
     "DataFiles",
     "Example",
+    "LabelReport",
+    "Reading",
     "Row",
     "Source",
     "TokenReport",
     "Turn",
+    "classes_of",
     "collate",
     "data_files",
+    "labelled",
     "length_bucketed",
+    "matched",
     "parse_columns",
     "read_parts",
     "read_rows",

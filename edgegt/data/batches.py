@@ -6,14 +6,15 @@ and the last column of the logits belongs to the last completion token, EOS. Of 
 back to its first answer, with IGNORE between two answers. Labels are made from the completions, never by comparing ids
 with the padding id, which is EOS for many models: EOS is always learned.
 
-The two sides of an encoder-decoder are padded on the right, as models with learned positions expect it.
+The two sides of an encoder-decoder are padded on the right, as models with learned positions expect it; so are rows
+for an encoder that says the class of each, which is the only label that they have.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,8 +35,9 @@ class Batch:
 
     input_ids, attention_mask, position_ids: [B, T] int64, positions from 0 at the first real token; labels: [B, K]
     int64, column j is what the j-th kept position predicts, IGNORE where nothing is learned; supervised: how many
-    labels are learned. Of an encoder-decoder T is the encoder's and K the decoder's: decoder_input_ids are [B, K], and
-    position_ids say nothing.
+    labels are learned. classes: the only label of a row is its class (K is 1). right: rows are padded on the right.
+    Of an encoder-decoder T is the encoder's and K the decoder's: decoder_input_ids are [B, K]. Of it, and where rows
+    are padded on the right, position_ids say nothing.
     """
 
     input_ids: Tensor
@@ -45,6 +47,8 @@ class Batch:
     shape: BatchShape
     supervised: int
     decoder_input_ids: Tensor | None = None
+    classes: bool = False
+    right: bool = False
 
 
 def length_bucketed(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -76,6 +80,8 @@ def shape_of(examples: Sequence[Example], max_length: int | None = None) -> Batc
     rounded = -(-longest // TOKENS_STEP) * TOKENS_STEP
     tokens = rounded if max_length is None else max(longest, min(rounded, max_length))
     labelled = sum(example.supervised for example in examples)
+    if examples[0].label is not None:
+        return BatchShape(len(examples), tokens, 1, labelled)
     kept = -(-kept // KEPT_STEP) * KEPT_STEP
     return BatchShape(len(examples), tokens, kept if examples[0].start is not None else min(kept, tokens), labelled)
 
@@ -85,17 +91,19 @@ def collate(examples: Sequence[Example], pad_id: int, max_length: int | None = N
     shape = shape_of(examples, max_length)
     if examples[0].start is not None:
         return _pairs(examples, shape, pad_id)
+    classes, right = examples[0].label is not None, examples[0].right
     input_ids = torch.full((shape.rows, shape.tokens), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     position_ids = torch.zeros_like(input_ids)
     labels = torch.full((shape.rows, shape.kept), IGNORE, dtype=torch.int64)
     for row, example in enumerate(examples):
-        first = shape.tokens - len(example.inputs)
-        input_ids[row, first:] = torch.tensor(example.inputs, dtype=torch.int64)
-        attention_mask[row, first:] = 1
-        position_ids[row, first:] = torch.arange(len(example.inputs))
+        first = 0 if right else shape.tokens - len(example.inputs)
+        there = slice(first, first + len(example.inputs))
+        input_ids[row, there] = torch.tensor(example.inputs, dtype=torch.int64)
+        attention_mask[row, there] = 1
+        position_ids[row, there] = torch.arange(len(example.inputs))
         labels[row, shape.kept - len(example.targets) :] = torch.tensor(example.targets, dtype=torch.int64)
-    return Batch(input_ids, attention_mask, position_ids, labels, shape, shape.labelled)
+    return Batch(input_ids, attention_mask, position_ids, labels, shape, shape.labelled, None, classes, right)
 
 
 def _pairs(examples: Sequence[Example], shape: BatchShape, pad_id: int) -> Batch:
@@ -121,12 +129,13 @@ def split_micro(batch: Batch, rows: int) -> list[Batch]:
 def _rows(batch: Batch, start: int, stop: int) -> Batch:
     labels = batch.labels[start:stop]
     labelled = int((labels != IGNORE).sum())
-    return Batch(
-        batch.input_ids[start:stop],
-        batch.attention_mask[start:stop],
-        batch.position_ids[start:stop],
-        labels,
-        BatchShape(stop - start, batch.shape.tokens, batch.shape.kept, labelled),
-        labelled,
-        None if batch.decoder_input_ids is None else batch.decoder_input_ids[start:stop],
+    return replace(
+        batch,
+        input_ids=batch.input_ids[start:stop],
+        attention_mask=batch.attention_mask[start:stop],
+        position_ids=batch.position_ids[start:stop],
+        labels=labels,
+        shape=BatchShape(stop - start, batch.shape.tokens, batch.shape.kept, labelled),
+        supervised=labelled,
+        decoder_input_ids=None if batch.decoder_input_ids is None else batch.decoder_input_ids[start:stop],
     )

@@ -28,6 +28,7 @@ class Example:
 
     gaps: ranges (first, end) of the completion that are read and not learned: what stands between two answers.
     start: of an encoder-decoder, what its decoder begins with; the prompt is then all that its encoder reads.
+    label: for classification, the number of the class; the prompt is then all that is read. right: padded on the right.
     """
 
     prompt: Ids
@@ -35,11 +36,14 @@ class Example:
     row: Row
     gaps: tuple[tuple[int, int], ...] = ()
     start: int | None = None
+    label: int | None = None
+    right: bool = False
 
     @property
     def inputs(self) -> Ids:
         """What the model reads: everything but the last token, which is only predicted; what the encoder reads."""
-        return (self.prompt + self.completion)[:-1] if self.start is None else self.prompt
+        whole = self.start is not None or self.label is not None
+        return self.prompt if whole else (self.prompt + self.completion)[:-1]
 
     @property
     def decoder_inputs(self) -> Ids:
@@ -55,8 +59,10 @@ class Example:
     def targets(self) -> Ids:
         """What is learned, predicted at the last `len(targets)` inputs, IGNORE in gaps.
 
-        Nothing predicts a text's very first token.
+        Nothing predicts a text's very first token. For classification: the class.
         """
+        if self.label is not None:
+            return (self.label,)
         found = self.completion
         for first, end in self.gaps:
             found = found[:first] + (IGNORE,) * (end - first) + found[end:]
@@ -64,7 +70,9 @@ class Example:
 
     @property
     def supervised(self) -> int:
-        """How many tokens are learned."""
+        """How many tokens are learned; one class."""
+        if self.label is not None:
+            return 1
         gaps = sum(end - first for first, end in self.gaps)
         return len(self.completion) - gaps - (not self.prompt and self.start is None)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,16 @@ from edgegt.errors import InputError
 from edgegt.units import format_text
 
 COLUMN_EXAMPLE = "--columns prompt=NAME,completion=NAME, --columns text=NAME or --columns messages=NAME"
+LABEL_EXAMPLE = "--columns text=NAME,label=NAME"
 JOINED_BY = " "
 
 
 @dataclass(frozen=True)
 class Layout:
-    """fields: the field of each role (messages; prompt and completion; text). extra: a field that follows the prompt
-    after a blank line, where it is there and not empty."""
+    """fields: the field of each role (messages; prompt and completion; text, perhaps with label).
+
+    extra: a field that follows the prompt after a blank line, where it is there and not empty.
+    """
 
     name: str
     fields: Mapping[str, str]
@@ -42,10 +45,12 @@ class Layout:
             return turns if isinstance(turns, Fault) else Row.of_turns(turns, number)
         values: dict[str, list[str]] = {}
         for role, field in self.fields.items():
-            found = texts(record, field, several=role != "text")
+            found = texts(record, field, several=role not in ("text", "label"))
             if isinstance(found, Fault):
                 return found
             values[role] = found
+        if "label" in values:
+            return Row(values["text"][0], values["label"][0].strip(), number)
         if "text" in values:
             return Row("", values["text"][0], number)
         prompt = JOINED_BY.join(values["prompt"])
@@ -64,6 +69,8 @@ class Layout:
         """Why a row without a completion is dropped."""
         if "messages" in self.fields:
             return "no assistant turn"
+        if "label" in self.fields:
+            return "no label"
         return "empty text" if "text" in self.fields else "empty completion"
 
 
@@ -78,20 +85,28 @@ LAYOUTS = {
     )
 }
 
+CLASSIFICATION = "classification"
+# For classification only: a text alone is language to everything else.
+LABELLED = tuple(Layout(CLASSIFICATION, {"text": text, "label": "label"}) for text in ("text", "sentence"))
+
 
 def rows_of(
-    records: Iterable[Record], path: Path, wanted: Layout | None, skip_bad: bool
+    records: Iterable[Record],
+    path: Path,
+    wanted: Layout | None,
+    skip_bad: bool,
+    choices: Collection[Layout] = tuple(LAYOUTS.values()),
 ) -> tuple[list[Row], dict[str, int], list[BadRow], str]:
     """Rows, how many were dropped for which reason, bad rows, and the layout's name.
 
-    wanted: the only layout that may be; None takes the first one that fits.
+    wanted: the only layout that may be; None takes the first of `choices` that fits.
     """
     rows: list[Row] = []
     bad: list[BadRow] = []
     dropped: Counter[str] = Counter()
     layout: Layout | None = None
     unfit: Fields | None = None
-    choices = LAYOUTS.values() if wanted is None else (wanted,)
+    choices = choices if wanted is None else (wanted,)
     for number, record in records:
         found: Row | Fault
         if isinstance(record, Fault):
@@ -102,7 +117,7 @@ def rows_of(
             unfit = record if unfit is None else unfit
             found = Fault("without the columns", "")
         else:
-            raise _lacking(record, path, wanted)
+            raise _lacking(record, path, wanted, choices)
         if isinstance(found, Fault):
             if not skip_bad:
                 raise found.error(path, number)
@@ -111,20 +126,23 @@ def rows_of(
             bad.append(BadRow(number, "bytes that are not UTF-8"))
         elif not found.completion.strip():
             dropped[layout.nothing if layout else "empty completion"] += 1
+        elif layout is not None and "label" in layout.fields and not found.prompt.strip():
+            dropped["empty text"] += 1
         elif re.search("[\ud800-\udfff]", found.written):
             dropped["half a surrogate pair (broken Unicode)"] += 1
         else:
             rows.append(found)
     if layout is None and unfit is not None:
-        raise _lacking(unfit, path, wanted)
+        raise _lacking(unfit, path, wanted, choices)
     return rows, dict(dropped), bad, layout.name if layout else ""
 
 
-def _lacking(record: Fields, path: Path, wanted: Layout | None) -> InputError:
+def _lacking(record: Fields, path: Path, wanted: Layout | None, choices: Collection[Layout]) -> InputError:
     shown, has = format_text(path, None), f"it has {listed(record)}"
     if wanted is None:
-        known = ", ".join(" and ".join(f"'{field}'" for field in one.fields.values()) for one in LAYOUTS.values())
-        return InputError(f"'{shown}' has none of {known}: {has}; use {COLUMN_EXAMPLE}")
+        known = ", ".join(" and ".join(f"'{field}'" for field in one.fields.values()) for one in choices)
+        example = LABEL_EXAMPLE if tuple(choices) == LABELLED else COLUMN_EXAMPLE
+        return InputError(f"'{shown}' has none of {known}: {has}; use {example}")
     name = next(field for field in wanted.fields.values() if lookup(record, field) is ABSENT)
     remedy = f"leave --format {wanted.name} out or use --columns" if wanted.name in LAYOUTS else "correct --columns"
     return InputError(f"'{shown}' has no column '{format_text(name)}'{hint(name, _paths(record))}: {has}; {remedy}")

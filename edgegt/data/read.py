@@ -18,13 +18,14 @@ from edgegt.data import arrow, piqa
 from edgegt.data.fields import hint
 from edgegt.data.formats import FORMATS, SKIP, listed
 from edgegt.data.formats import SUFFIXES as TEXT_SUFFIXES
-from edgegt.data.layouts import COLUMN_EXAMPLE, LAYOUTS, Layout, rows_of
+from edgegt.data.layouts import CLASSIFICATION, COLUMN_EXAMPLE, LABEL_EXAMPLE, LABELLED, LAYOUTS, Layout, rows_of
 from edgegt.data.rows import BadRow, Row, Source
 from edgegt.errors import InputError
 from edgegt.units import format_text
 
 SUFFIXES = {**TEXT_SUFFIXES, **arrow.SUFFIXES}
 _ROLES = ({"prompt", "completion"}, {"text"}, {"messages"})
+_LABEL_ROLES = {"text", "label"}
 
 
 def read_rows(
@@ -32,12 +33,15 @@ def read_rows(
 ) -> Source:  # fmt: skip
     """The rows of a JSONL, JSON, CSV, TSV, Parquet, Arrow or plain-text file.
 
-    columns: from `parse_columns`; None takes the layout that fits, or the one named. skip_bad: leave out and list rows
-    that cannot be read, where the rest of the file can.
+    columns: from `parse_columns`; None takes the layout that fits, or the one named; for classification the layout
+    is 'classification' in either case. skip_bad: leave out and list rows that cannot be read, where the rest can.
     Raises: InputError naming file and row for anything that cannot be read, and for a file without a usable row.
     """
     format_name = _format_of(path)
-    if columns and layout:
+    labels = layout == CLASSIFICATION
+    if format_name == "text" and labels:
+        raise InputError(f"'{_shown(path)}' is plain text and has no labels: give JSONL, CSV or another table")
+    if columns and layout and not labels:
         raise InputError(f"--columns and --format {layout} both say which fields to read: leave one of them out")
     if format_name == "text" and (columns or layout not in (None, "text")):
         said = "--columns" if columns else f"--format {layout}"
@@ -50,9 +54,10 @@ def read_rows(
     if layout == "piqa":
         records = piqa.labelled(records, path)
         wanted = LAYOUTS["prompt-completion"]
-    elif layout is not None:
+    elif layout is not None and not labels:
         wanted = LAYOUTS[layout]
-    rows, dropped, bad, name = rows_of(records, path, wanted, skip_bad)
+    choices = LABELLED if labels else tuple(LAYOUTS.values())
+    rows, dropped, bad, name = rows_of(records, path, wanted, skip_bad, choices)
     if not rows:
         counted = [f"{count} with {reason}" for reason, count in dropped.items()]
         if bad:
@@ -77,23 +82,27 @@ def read_parts(
     return Source(rows, parts[0].format, name, dict(dropped), bad, parts[0].layout)
 
 
-def parse_columns(text: str) -> dict[str, str]:
+def parse_columns(text: str, labels: bool = False) -> dict[str, str]:
     """The mapping in 'prompt=mr,completion=ref', 'text=body' or 'messages=turns'; a name may be a dotted path.
 
+    labels: for classification, the one in 'text=review,label=stars'.
     Raises: InputError for another shape or an unknown role.
     """
+    sets, example = ((_LABEL_ROLES,), LABEL_EXAMPLE) if labels else (_ROLES, COLUMN_EXAMPLE)
     columns: dict[str, str] = {}
     shown = format_text(text, 100)
     for part in text.split(","):
         role, equals, column = (piece.strip() for piece in part.partition("="))
         if not equals or not column or role in columns:
             one = format_text(part.strip())
-            raise InputError(f"--columns '{shown}': '{one}' is not one ROLE=NAME; write {COLUMN_EXAMPLE}")
-        if not any(role in roles for roles in _ROLES):
-            raise InputError(f"--columns '{shown}': unknown role '{format_text(role)}'; write {COLUMN_EXAMPLE}")
+            raise InputError(f"--columns '{shown}': '{one}' is not one ROLE=NAME; write {example}")
+        if role == "label" and not labels:
+            raise InputError(f"--columns '{shown}' names a label: add --task classification, or write {example}")
+        if not any(role in roles for roles in sets):
+            raise InputError(f"--columns '{shown}': unknown role '{format_text(role)}'; write {example}")
         columns[role] = column
-    if set(columns) not in _ROLES:
-        raise InputError(f"--columns '{shown}' names only {listed(columns)}; write {COLUMN_EXAMPLE}")
+    if set(columns) not in sets:
+        raise InputError(f"--columns '{shown}' names only {listed(columns)}; write {example}")
     return columns
 
 

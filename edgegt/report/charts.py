@@ -221,7 +221,8 @@ def loss_chart(facts: RunFacts) -> str | None:
             f"{held_out:.2f}", (at, held_out), xytext=(9 if at == 0 else -2, -5 if at == 0 else 8), color=INK,
             va="top" if at == 0 else "bottom", textcoords="offset points", ha="left" if at == 0 else "right",
         )  # fmt: skip
-    axes.set_ylabel("loss (nats per token)", color=MUTED, labelpad=6)
+    unit = "row" if "accuracy" in (facts.before or {}) else "token"
+    axes.set_ylabel(f"loss (nats per {unit})", color=MUTED, labelpad=6)
     _mark(axes, facts, TURNS, INK)
     if not has(facts, "temperature_c"):
         _mark(axes, facts, PAUSES, BUDGET)

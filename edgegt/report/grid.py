@@ -46,12 +46,16 @@ def place(name: str) -> Place:
 
 
 def short_labels(columns: Sequence[str]) -> list[str]:
-    """The shortest ends of dotted names that still differ: 'q_proj', but 'attn.c_proj' beside 'mlp.c_proj'."""
+    """The shortest ends of dotted names that still differ: 'q_proj', but 'attn.c_proj' beside 'mlp.c_proj'.
+
+    A name that is the end of another stays whole.
+    """
     labels = []
     for column in columns:
         parts = column.split(".")
         ends = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
-        labels.append(next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in columns) == 1))
+        alone = (end for end in ends if sum(f".{other}".endswith(f".{end}") for other in columns) == 1)
+        labels.append(next(alone, column))
     return labels
 
 

@@ -52,7 +52,9 @@ def verdict(facts: RunFacts, report: Tree) -> list[str]:
     else:
         start = "No held-out loss was measured"
     sentences = [start + _flops_words(report) + _memory_words(report) + "."]
-    exact = [_change(before, after, "exact_match", "Exact match on held-out rows")]
+    exact = [_change(before, after, "accuracy", "Accuracy on held-out rows")]
+    exact.append(_change(before, after, "macro_f1", "macro-F1"))
+    exact.append(_change(before, after, "exact_match", "Exact match on held-out rows"))
     exact.append(_change(before, after, "general_exact_match", "general commands"))
     words = ", ".join(text for text in exact if text)
     return [*sentences, f"{words[0].upper()}{words[1:]}."] if words else sentences
@@ -341,7 +343,10 @@ def data_rows(data: Tree) -> list[Row]:
     labels = (("rows", "Rows read"), ("kept", "Kept"), ("cut", "of these cut to length"))
     rows: list[Row] = [(label, _integer(data, key)) for key, label in labels]
     rows.append(("Dropped", total))
-    later = (("train_rows", "Trained on"), ("eval_rows", "Held out"), ("supervised_tokens", "Supervised tokens"))
+    later = [("train_rows", "Trained on"), ("eval_rows", "Held out")]
+    if classes := data.get("labels"):
+        return [*rows, *((label, _integer(data, key)) for key, label in later), ("Classes", f"{len(classes):,}")]
+    later.append(("supervised_tokens", "Supervised tokens"))
     return [*rows, *((label, _integer(data, key)) for key, label in later)]
 
 
@@ -350,7 +355,9 @@ def held_out_rows(facts: RunFacts) -> list[Row]:
     before, after = facts.before or {}, facts.after or {}
     rows = []
     for key, label, text in (
-        ("loss", "Loss (nats per token)", "{:.3f}".format),
+        ("loss", f"Loss (nats per {'row' if 'accuracy' in before else 'token'})", "{:.3f}".format),
+        ("accuracy", "Accuracy", percent),
+        ("macro_f1", "Macro-F1", percent),
         ("perplexity", "Perplexity", "{:.4g}".format),
         ("exact_match", "Exact match", percent),
         ("general_exact_match", "Exact match, general check", percent),
