@@ -80,8 +80,7 @@ def _logits(
     ordered = sorted(examples, key=lambda example: example.length)
     for start in range(0, len(ordered), batch_size):
         part = ordered[start : start + batch_size]
-        longest = max(example.length for example in part)
-        yield part, class_logits(model, collate(part, pad_id, longest), device)
+        yield part, class_logits(model, collate(part, pad_id), device)
 
 
 def score_words(before: Mapping[str, Any], after: Mapping[str, Any] | None = None) -> str:

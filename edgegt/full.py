@@ -191,7 +191,7 @@ class FloatTrainee:
         setup = self.setup
         for epoch, indices in setup.schedule.batches[self.progress.step :]:
             rows = [setup.corpus.train[i] for i in indices]
-            yield epoch, _everywhere(collate(rows, setup.pad_id, setup.options.max_length))
+            yield epoch, _everywhere(collate(rows, setup.pad_id))
 
     def _step_back(self, back: StepBack) -> None:
         """Smaller micro-batches: nothing else can be given up when everything is trained."""

@@ -66,10 +66,10 @@ class Corpus:
 
     @property
     def longest_held_out(self) -> BatchShape:
-        """One row as long as the longest held-out one, with room for rounding up."""
+        """One row as long as the longest held-out one."""
         rows = [*self.held_out, *self.general]
         tokens = max(len(example.inputs) for example in rows)
-        return BatchShape(1, tokens + 8, max(len(example.targets) for example in rows) + 4)
+        return BatchShape(1, tokens, max(len(example.targets) for example in rows))
 
     @property
     def used_tokens(self) -> tuple[int, ...]:
@@ -241,7 +241,7 @@ def make_schedule(options: RunOptions, train: tuple[Example, ...]) -> Schedule:
             batches.append((len(batches) / per_epoch, tuple(indices)))
         epoch += 1
     del batches[steps:]
-    shapes = tuple(shape_of([train[i] for i in indices], options.max_length) for _, indices in batches)
+    shapes = tuple(shape_of([train[i] for i in indices]) for _, indices in batches)
     halves = steps / per_epoch / (2 if steps >= TWO_ROUNDS_FROM else 1)
     every = max(1, round((options.round_epochs or halves) * per_epoch))
     lengths_of_rounds = [min(every, steps - start) for start in range(0, steps, every)]

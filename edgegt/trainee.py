@@ -286,7 +286,7 @@ class Int8Trainee:
             picked = [train[i] for i in draw.sample(pool, min(wanted, len(pool)))]
             picked += [train[draw.choice(pool)] for _ in range(wanted - len(picked))]
         batches = [
-            collate(picked[start : start + rows], setup.pad_id, setup.options.max_length)
+            collate(picked[start : start + rows], setup.pad_id)
             for start in range(0, wanted, rows)
         ]
         spent = self.meter.total
@@ -380,4 +380,4 @@ class Int8Trainee:
         end = min(self.first + self.rounds.lengths[self.index], self.rounds.last_step)
         for epoch, indices in setup.schedule.batches[self.progress.step : end]:
             rows = [setup.corpus.train[i] for i in indices]
-            yield epoch, collate(rows, setup.pad_id, setup.options.max_length)
+            yield epoch, collate(rows, setup.pad_id)

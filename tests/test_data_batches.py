@@ -54,21 +54,19 @@ def test_seed_and_epoch_shuffle_and_padding_is_small() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "max_length", "shape"),
+    ("sizes", "shape"),
     [
-        ([(3, 3)], None, BatchShape(1, 8, 4)),
-        ([(8, 1)], None, BatchShape(1, 8, 4)),
-        ([(8, 2), (2, 6)], None, BatchShape(2, 16, 8)),
-        ([(5, 5)], 9, BatchShape(1, 9, 8)),
-        ([(5, 5)], 12, BatchShape(1, 12, 8)),
-        ([(1, 9)], 9, BatchShape(1, 9, 9)),
-        ([(0, 5)], None, BatchShape(1, 8, 4)),
+        ([(3, 3)], BatchShape(1, 5, 3)),
+        ([(8, 1)], BatchShape(1, 8, 1)),
+        ([(8, 2), (2, 6)], BatchShape(2, 9, 6)),
+        ([(1, 9)], BatchShape(1, 9, 9)),
+        ([(0, 5)], BatchShape(1, 4, 4)),
     ],
 )
-def test_shapes(sizes: list[tuple[int, int]], max_length: int | None, shape: BatchShape) -> None:
+def test_a_batch_is_as_wide_as_its_longest_row(sizes: list[tuple[int, int]], shape: BatchShape) -> None:
     examples = [example(*size) for size in sizes]
-    assert shape_of(examples, max_length) == shape
-    batch = collate(examples, 0, max_length)
+    assert shape_of(examples) == shape
+    batch = collate(examples, 0)
     assert batch.shape == shape
     assert batch.input_ids.shape == batch.attention_mask.shape == batch.position_ids.shape == (shape.rows, shape.tokens)
     assert batch.labels.shape == (shape.rows, shape.kept)
@@ -82,14 +80,14 @@ def test_left_padding_positions_and_labels_when_the_padding_is_eos() -> None:
     ]
     assert batch.attention_mask.tolist() == [[0] * 4 + [1] * 4, [1] * 8]
     assert batch.position_ids.tolist() == [[0, 0, 0, 0, 0, 1, 2, 3], list(range(8))]
-    assert batch.labels.tolist() == [[IGNORE] * 5 + [200, 201, EOS], [IGNORE] * 3 + [200, 201, 202, 203, EOS]]
+    assert batch.labels.tolist() == [[IGNORE] * 2 + [200, 201, EOS], [200, 201, 202, 203, EOS]]
     assert batch.supervised == 8
 
 
 def test_without_a_prompt_the_first_token_is_not_learned() -> None:
     batch = collate([example(0, 4)], pad_id=0)
-    assert batch.input_ids.tolist() == [[0, 0, 0, 0, 0, 200, 201, 202]]
-    assert batch.labels.tolist() == [[IGNORE, 201, 202, EOS]]
+    assert batch.input_ids.tolist() == [[200, 201, 202]]
+    assert batch.labels.tolist() == [[201, 202, EOS]]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
@@ -136,7 +134,7 @@ def kept_logits(model: Any, batch: Batch) -> torch.Tensor:
 def test_a_padded_row_has_the_logits_and_the_loss_of_the_row_alone(stories: tuple[Any, list[Example]]) -> None:
     model, examples = stories
     assert len({len(example.inputs) for example in examples}) > 2
-    batch = collate(examples, pad_id=EOS, max_length=160)
+    batch = collate(examples, pad_id=EOS)
     logits = kept_logits(model, batch)
     by_hand = 0.0
     for row, one in enumerate(examples):

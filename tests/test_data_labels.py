@@ -88,7 +88,7 @@ def test_a_batch_has_one_label_per_row_and_its_padding_where_the_model_wants_it(
     made, _ = labelled(rows(("abc", "x"), ("a", "y")), Framed(), 9, ("x", "y"), Reading(right=right))
     batch = collate(made, 0)
     assert batch.labels.tolist() == [[0], [1]]
-    assert (batch.shape.rows, batch.shape.tokens, batch.shape.kept, batch.supervised) == (2, 8, 1, 2)
+    assert (batch.shape.rows, batch.shape.tokens, batch.shape.kept, batch.supervised) == (2, 5, 1, 2)
     ends = batch.attention_mask[:, 0 if right else -1]
     assert ends.tolist() == [1, 1] and batch.attention_mask.sum(1).tolist() == [5, 3]
     if not right:

@@ -80,12 +80,12 @@ def test_a_batch_is_padded_on_the_right_of_both_sides() -> None:
     rows = [Example((5, 6, END), (8, END), Row("p", "c", 1), start=START),
             Example((5, END), (8, 9, 8, 9, END), Row("p", "c", 2), start=START)]  # fmt: skip
     batch = collate(rows, 3)
-    assert batch.shape == shape_of(rows) and (batch.shape.tokens, batch.shape.kept, batch.shape.labelled) == (8, 8, 7)
-    assert batch.input_ids.tolist()[0] == [5, 6, END, 3, 3, 3, 3, 3]
-    assert batch.attention_mask.tolist()[1] == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert batch.shape == shape_of(rows) and (batch.shape.tokens, batch.shape.kept, batch.shape.labelled) == (3, 5, 7)
+    assert batch.input_ids.tolist() == [[5, 6, END], [5, END, 3]]
+    assert batch.attention_mask.tolist()[1] == [1, 1, 0]
     assert batch.decoder_input_ids is not None
-    assert batch.decoder_input_ids.tolist() == [[START, 8, 3, 3, 3, 3, 3, 3], [START, 8, 9, 8, 9, 3, 3, 3]]
-    assert batch.labels.tolist()[0] == [8, END, *[IGNORE] * 6]
+    assert batch.decoder_input_ids.tolist() == [[START, 8, 3, 3, 3], [START, 8, 9, 8, 9]]
+    assert batch.labels.tolist()[0] == [8, END, *[IGNORE] * 3]
     first, second = split_micro(batch, 1)
     assert torch.equal(second.decoder_input_ids, batch.decoder_input_ids[1:]) and first.supervised == 2
     assert collate([replace(rows[0], start=None)], 3).decoder_input_ids is None

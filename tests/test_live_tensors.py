@@ -415,7 +415,7 @@ def check_a_step(
     again = [index for index in range(table.blocks) if table.layers[index].weights & table.mask(selected)][:depth]
     start = 0 if table.encoder_decoder else None
     rows = [replace(row, start=start) for row in rows_of(8, shortest)]
-    batch = collate(rows, 0, 97 if shortest == 48 else None)
+    batch = collate(rows, 0)
     model = load(models / kind, models / "cache")
     held, peak = live_step(model, selected, again, formats, batch, micro_batch, folder)
     setting = Setting(

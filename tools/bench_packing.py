@@ -1,10 +1,10 @@
 """How much of training goes into padding: what packing short rows into one could save at most.
 
-The batches are those of one epoch of `edgegt run`: its split, its tokenizer, rows of similar length together, lengths
-rounded up. Packing puts several rows into one, without attention across them. It makes no token cheaper, so it saves
-the padding and no more; perfect packing would leave none.
+The batches are those of one epoch of `edgegt run`: its split, its tokenizer, rows of similar length together. Packing
+puts several rows into one, without attention across them. It makes no token cheaper, so it saves the padding and no
+more; perfect packing would leave none.
 
-padding    share of the inputs that are padding; of these, `rounding` comes from multiples of 8 alone
+padding    share of the inputs that are padding
 FLOPs      of training every tensor, by the cost table of each --shape, that perfect packing would save
 time       of a step, likewise, by the rates of the profile --device
 
@@ -30,7 +30,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # after PYTHONPATH, w
 
 from edgegt.cost import BatchShape, CostTable, Totals
 from edgegt.data import Example
-from edgegt.data.batches import TOKENS_STEP
 from edgegt.errors import InputError
 from edgegt.host import read_host
 from edgegt.job import make_schedule, read_corpus, within_positions
@@ -58,13 +57,6 @@ def without_padding(examples: Sequence[Example]) -> Totals:
     )  # fmt: skip
 
 
-def padding_of(lengths: Sequence[Sequence[int]], shapes: Sequence[BatchShape]) -> tuple[float, float]:
-    """Of all inputs of these batches the share that is padding, and the share that is there for rounding alone."""
-    inputs = sum(shape.rows * shape.tokens for shape in shapes)
-    unrounded = sum(len(batch) * max(batch) for batch in lengths)
-    return 1 - sum(map(sum, lengths)) / inputs, (inputs - unrounded) / inputs
-
-
 def saved_flops(table: CostTable, padded: Totals, packed: Totals) -> float:
     """The share of the FLOPs of training every tensor that is spent on padding."""
     work = table.train_work((1 << len(table.weights)) - 1)
@@ -86,13 +78,11 @@ def measure(
     found = []
     for size in sizes:
         schedule = make_schedule(replace(options, batch_size=size, epochs=1.0), train)
-        lengths = [[len(train[index].inputs) for index in indices] for _, indices in schedule.batches]
-        padding, rounding = padding_of(lengths, schedule.shapes)
         padded = Totals.of(schedule.shapes)
         found.append(
             {
                 "batch_size": size, "rows": len(train), "tokens_per_row": packed.token / len(train),
-                "padding": padding, "rounding": rounding,
+                "padding": 1 - packed.token / padded.token,
                 "flops": {name: saved_flops(table, padded, packed) for name, table in tables.items()},
                 "time": {
                     name: saved_time(table, rates, padded, packed, schedule.steps) for name, table in tables.items()
@@ -104,7 +94,7 @@ def measure(
 
 def row_of(label: str, numbers: Numbers) -> str:
     """One line of the table."""
-    shares = [numbers["padding"], numbers["rounding"]]
+    shares = [numbers["padding"]]
     shares += [numbers[kind][name] for name in numbers["flops"] for kind in ("flops", "time")]
     cells = [label, f"{numbers['rows']}", f"{numbers['tokens_per_row']:.0f}", f"{numbers['batch_size']}"]
     return " | ".join(["", *cells, *(f"{share:.1%}" for share in shares), ""]).strip()
@@ -138,8 +128,8 @@ def main() -> int:
     tables = {name: table_of(name) for name in args.shape or DEFAULT_SHAPES}
     found = measure(options, corpus.train, args.batch_size or BATCH_SIZES, tables, rates)
     titles = [f"{name}, {kind}" for name in tables for kind in ("FLOPs", "time")]
-    print(f"| data | rows | tokens | batch | padding | rounding to {TOKENS_STEP} | {' | '.join(titles)} |")
-    print("|" + " --- |" * (6 + len(titles)))
+    print(f"| data | rows | tokens | batch | padding | {' | '.join(titles)} |")
+    print("|" + " --- |" * (5 + len(titles)))
     for numbers in found:
         print(row_of(Path(args.data).name, numbers))
     if args.json:

@@ -185,7 +185,7 @@ class FloatTwin:
                 parameter.requires_grad_(name in live)
             first = plan["first_step"]
             batches = [
-                (epoch, collate([setup.corpus.train[i] for i in indices], setup.pad_id, options.max_length))
+                (epoch, collate([setup.corpus.train[i] for i in indices], setup.pad_id))
                 for epoch, indices in setup.schedule.batches[first : first + plan["steps"]]
             ]
             parts = Parts(self.module, setup.device, live, self._step, lambda: None, self.meter, setup.watch)

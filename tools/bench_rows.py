@@ -122,7 +122,7 @@ def batches(folder: Path, model: Path, size: Size, steps: int) -> list[Any]:
     tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
     examples, _ = tokenize(read_rows(folder / TRAIN_FILE, None).rows, tokenizer, size.tokens)
     order = length_bucketed([len(example.inputs) for example in examples], size.rows, SEED, 0)[:steps]
-    made = [collate([examples[index] for index in rows], tokenizer.pad_token_id, size.tokens) for rows in order]
+    made = [collate([examples[index] for index in rows], tokenizer.pad_token_id) for rows in order]
     for batch in made:
         shape = tuple(batch.input_ids.shape)
         if shape != (size.rows, size.tokens) or batch.supervised != size.rows * size.supervised:

@@ -24,8 +24,6 @@ from edgegt.data.examples import IGNORE, Example
 from edgegt.errors import InputError
 
 __all__ = ["IGNORE", "Batch", "collate", "length_bucketed", "shape_of", "split_micro"]
-TOKENS_STEP = 8
-KEPT_STEP = 4
 WINDOW_BATCHES = 50
 
 
@@ -70,25 +68,16 @@ def length_bucketed(lengths: Sequence[int], batch_size: int, seed: int, epoch: i
     return batches
 
 
-def shape_of(examples: Sequence[Example], max_length: int | None = None) -> BatchShape:
-    """The shape that `collate` gives these examples, in multiples of 8 inputs and 4 kept positions.
-
-    max_length: inputs are not rounded up beyond it.
-    """
-    longest = max(len(example.inputs) for example in examples)
+def shape_of(examples: Sequence[Example]) -> BatchShape:
+    """The shape that `collate` gives these examples: as wide as the longest of them."""
+    tokens = max(len(example.inputs) for example in examples)
     kept = max(len(example.targets) for example in examples)
-    rounded = -(-longest // TOKENS_STEP) * TOKENS_STEP
-    tokens = rounded if max_length is None else max(longest, min(rounded, max_length))
-    labelled = sum(example.supervised for example in examples)
-    if examples[0].label is not None:
-        return BatchShape(len(examples), tokens, 1, labelled)
-    kept = -(-kept // KEPT_STEP) * KEPT_STEP
-    return BatchShape(len(examples), tokens, kept if examples[0].start is not None else min(kept, tokens), labelled)
+    return BatchShape(len(examples), tokens, kept, sum(example.supervised for example in examples))
 
 
-def collate(examples: Sequence[Example], pad_id: int, max_length: int | None = None) -> Batch:
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """One padded batch of the shape that `shape_of` says."""
-    shape = shape_of(examples, max_length)
+    shape = shape_of(examples)
     if examples[0].start is not None:
         return _pairs(examples, shape, pad_id)
     classes, right = examples[0].label is not None, examples[0].right
