@@ -189,7 +189,8 @@ def evaluate_subject(
     if layout is not None and layout not in DATA_FORMATS:
         raise InputError(f"--format '{format_text(layout)}' is not one of {', '.join(DATA_FORMATS)}")
     wanted = columns or (own.columns if layout is None else None)
-    labels = own.classifies or (run is None and model is not None and _classifies(model, patch))
+    there = run is None and model is not None and data is not None and Path(data).is_file()
+    labels = own.classifies or (there and _classifies(str(model), patch))
     if labels and (layout is not None or names):
         which = "--format" if layout is not None else "--metrics"
         raise InputError(f"{which} is for answers in words, and this is a classification: leave it out")
