@@ -285,10 +285,7 @@ class Int8Trainee:
         else:
             picked = [train[i] for i in draw.sample(pool, min(wanted, len(pool)))]
             picked += [train[draw.choice(pool)] for _ in range(wanted - len(picked))]
-        batches = [
-            collate(picked[start : start + rows], setup.pad_id)
-            for start in range(0, wanted, rows)
-        ]
+        batches = [collate(picked[start : start + rows], setup.pad_id) for start in range(0, wanted, rows)]
         spent = self.meter.total
         self._probe_work = setup.need.table.probe_work().total(batch.shape for batch in batches)
         self._values = importance(self.model, batches, self._layers())

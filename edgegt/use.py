@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Of `edgegt eval --metrics`: rows that are answered unless told, and new tokens of an answer at most.
 ANSWERED_ROWS = 128
 ANSWER_TOKENS = 128
+# Of `edgegt generate`, unless told.
+NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,17 @@ def _loaded(name: str, patch: Path | None, options: RunOptions | None, separator
     return Subject(model.module, load_tokenizer(source.directory), device, options, separator or "", labels)
 
 
-def generate_text(run: str | None, model: str | None, patch: str | None, prompt: str, tokens: int) -> str:
-    """The greedy answer to one prompt; of a classifier the label of the text."""
+def generate_text(run: str | None, model: str | None, patch: str | None, prompt: str, tokens: int | None) -> str:
+    """The greedy answer to one prompt, of 64 tokens at most unless told; of a classifier the label of the text."""
     from edgegt.data import BY_TEMPLATE, Row, Turn, tokenize
     from edgegt.evaluate import answer
 
-    if tokens < 1:
+    if tokens is not None and tokens < 1:
         raise InputError(f"--tokens {tokens} is out of range: give a positive whole number")
     subject = load_subject(run, model, patch)
     if subject.reading is not None:
+        if tokens is not None:
+            raise InputError("--tokens is for answers in words, and this is a classification: leave it out")
         return _label_of(subject, prompt)
     if subject.options is not None and subject.options.data is None:
         prompt = home.as_prompt(prompt)
@@ -125,7 +129,8 @@ def generate_text(run: str | None, model: str | None, patch: str | None, prompt:
         separator = "" if apart else subject.separator
         row = Row(prompt + separator, " x", 1)
     example = tokenize([row], subject.tokenizer, 1 << 20, start=subject.start)[0][0]
-    return answer(subject.module, subject.tokenizer, [example.prompt], tokens, 1, subject.device)[0].strip()
+    most = tokens or NEW_TOKENS
+    return answer(subject.module, subject.tokenizer, [example.prompt], most, 1, subject.device)[0].strip()
 
 
 def _label_of(subject: Subject, text: str) -> str:
@@ -189,7 +194,8 @@ def evaluate_subject(
     if layout is not None and layout not in DATA_FORMATS:
         raise InputError(f"--format '{format_text(layout)}' is not one of {', '.join(DATA_FORMATS)}")
     wanted = columns or (own.columns if layout is None else None)
-    labels = own.classifies or (run is None and model is not None and _classifies(model, patch))
+    there = run is None and model is not None and data is not None and Path(data).is_file()
+    labels = own.classifies or (there and _classifies(str(model), patch))
     if labels and (layout is not None or names):
         which = "--format" if layout is not None else "--metrics"
         raise InputError(f"{which} is for answers in words, and this is a classification: leave it out")

@@ -172,12 +172,14 @@ def test_eval_says_what_the_run_said(trained: Trained, capsys: pytest.CaptureFix
 
 def test_generate_says_the_label(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     rows = rule(60, 1)[:10]
-    said = [generate_text(str(trained.folder), None, None, text, 8) for text, _ in rows[:3]]
+    said = [generate_text(str(trained.folder), None, None, text, None) for text, _ in rows[:3]]
     assert set(said) <= set(SENSES)
     shown = {one["prompt"]: one["after"] for one in trained.read("eval.json")["examples"]}
     assert all(shown[text] == label for (text, _), label in zip(rows, said, strict=False) if text in shown)
     assert main(["generate", str(trained.folder), rows[0][0]]) == 0
     assert capsys.readouterr().out.strip() == said[0]
+    assert main(["generate", str(trained.folder), rows[0][0], "--tokens", "8"]) == 2
+    assert "--tokens is for answers in words" in capsys.readouterr().err
     assert main(["generate", str(trained.folder), " "]) == 2
     assert "the text is empty" in capsys.readouterr().err
 

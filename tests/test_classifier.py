@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertForMaskedLM
 
 from edgegt.architecture import all_layers, outputs_of
 from edgegt.classifier import (
@@ -21,7 +23,7 @@ from edgegt.classifier import (
     reads_both_ways,
 )
 from edgegt.cost import BatchShape, CostTable
-from edgegt.data import split_micro
+from edgegt.data import collate, split_micro
 from edgegt.disk import Lines
 from edgegt.errors import InputError
 from edgegt.held import held_terms
@@ -43,6 +45,7 @@ from tiny_classifiers import (
     config_of,
     float_classifier,
     load_classifier,
+    rows_of_ids,
     save_classifier,
 )
 from tiny_models import CPU, EVERY, load, save_model, some_selections
@@ -321,3 +324,32 @@ def test_what_is_no_classifier_is_refused_by_name() -> None:
 def test_positions_that_are_numbered_behind_the_paddings_id_are_fewer() -> None:
     found = {name: classifier_positions(CLASSIFIERS[name]()) for name in ("bert", "roberta", "gpt2")}
     assert found == {"bert": 64, "roberta": 64, "gpt2": 128}
+
+
+def test_a_masked_language_model_has_no_pooler_either(tmp_path: Path) -> None:
+    masked = BertForMaskedLM(CLASSIFIERS["bert"]()).eval()
+    masked.save_pretrained(tmp_path / "model")
+    model = load_classifier(tmp_path / "model", tmp_path / "cache")
+    expected = ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"]
+    assert list(model.fresh) == expected
+    config = CLASSIFIERS["bert"]()
+    config.architectures = ["BertForMaskedLM"]
+    assert list(fresh_of(as_classifier(config, LABELS, 0, None))) == expected
+    batch, trainables = classes_batch("bert"), Trainables(model, AdamW(False), tmp_path / "parked")
+    table = trace(model.module.config)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    trainables.select({name})
+    supervised_loss(model.module, batch, CPU).backward()
+    assert model.meter.total == table.train_work(table.mask([name])).at(batch.shape)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+def test_rows_as_long_as_the_model_has_positions_run(family: str, tmp_path: Path) -> None:
+    save_classifier(tmp_path / "model", family, True)
+    model, config = load_classifier(tmp_path / "model", tmp_path / "cache"), CLASSIFIERS[family]()
+    length = classifier_positions(config)
+    assert length is not None
+    rows = [replace(one, prompt=tuple(range(3, 3 + length))) for one in rows_of_ids(family, 2)]
+    batch = collate(rows, config.pad_token_id, length)
+    assert batch.shape.tokens == length
+    assert bool(torch.isfinite(class_logits(model.module, batch, CPU)).all())

@@ -92,7 +92,7 @@ def test_a_batch_has_one_label_per_row_and_its_padding_where_the_model_wants_it(
     ends = batch.attention_mask[:, 0 if right else -1]
     assert ends.tolist() == [1, 1] and batch.attention_mask.sum(1).tolist() == [5, 3]
     if not right:
-        assert batch.position_ids[1].tolist() == [0, 0, 0, 0, 0, 0, 1, 2]
+        assert batch.position_ids[1].tolist() == [0, 0, 0, 1, 2]
 
 
 def test_a_held_out_row_of_a_class_that_training_lacks_is_left_out_and_counted(tmp_path: Path) -> None:

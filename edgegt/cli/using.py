@@ -82,7 +82,7 @@ def add_generate(commands: Any, name: str) -> None:
     parser.add_argument("words", nargs="*", metavar="[RUN] PROMPT", help="run folder (unless --model) and the prompt")
     parser.add_argument("--model", help="model directory or hub id, instead of a run folder")
     parser.add_argument("--patch", help="patch.safetensors to put into --model")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens at most (default: 64)")
+    parser.add_argument("--tokens", type=int, help="new tokens at most (default: 64)")
     parser.set_defaults(handler=_generate)
 
 
