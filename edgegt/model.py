@@ -93,11 +93,7 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
 
     Raises: InputError when the files lack a tensor that the architecture needs.
     """
-    model = skeleton(copy.deepcopy(config))
-    head = head_name(model)
-    if _head_is_apart(model, source, head):
-        untie_head(model)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model, head, tied = outline(config, source)
     embedding = _name_of(model, model.get_input_embeddings())
     entries = list(_entries(model, source, head, tied))
     identity = fingerprint(source, cache / "fingerprints.json")
@@ -122,6 +118,15 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
     if tied:
         by_name[head] = by_name[embedding]
     return Int8Model(model, linears, vectors, head, tied, meter, source, store, identity, device, inputs, [], by_name)
+
+
+def outline(config: Any, source: Source) -> tuple[Any, str, bool]:
+    """The skeleton, its head apart where the files have it so; the head's name, and whether it is the embedding's."""
+    model = skeleton(copy.deepcopy(config))
+    head = head_name(model)
+    if _head_is_apart(model, source, head):
+        untie_head(model)
+    return model, head, model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def skeleton(config: Any) -> Any:
@@ -170,21 +175,31 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 def _entries(model: Any, source: Source, head: str, tied: bool) -> Iterator[Entry]:
     stacks = stacks_of(model)
-    prefix = getattr(model, "base_model_prefix", "")
-    stored, seen = _renamed(model, source), set()
+    stored, seen = names_in_files(model, source), set()
     for module_name, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{short}"
             if (tied and name == head) or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-            stored_as = next((stored[spelling] for spelling in spellings if spelling in stored), None)
+            stored_as = stored.get(name)
             if stored_as is None:
                 raise InputError(f"the model in '{source.directory}' lacks the tensor '{name}': fetch the model again")
             block = block_in(name, stacks, head)
             int8 = is_int8(module, parameter)
             yield Entry(name, stored_as, block, int8, int8 and is_transposed(module))
+
+
+def names_in_files(model: Any, source: Source) -> dict[str, str]:
+    """What the files call each parameter, by all names that the model has for it; those that they lack are left out."""
+    prefix, stored = getattr(model, "base_model_prefix", ""), _renamed(model, source)
+    found: dict[str, str] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        spelled = next((spelling for spelling in spellings if spelling in stored), None)
+        if spelled is not None:
+            found[name] = stored[spelled]
+    return found
 
 
 def _renamed(model: Any, source: Source) -> dict[str, str]:
