@@ -66,7 +66,7 @@ class Patch:
         """The trained tensors. Raises: InputError for rows without their values."""
         for name in self.shapes:
             if name.endswith(_ROWS) and name.removesuffix(_ROWS) not in self.shapes:
-                raise _unfit(self.path, f"has '{format_text(name)}' without the values of these rows")
+                raise self.unfit(f"has '{format_text(name)}' without the values of these rows")
         return [name for name in self.shapes if not name.endswith(_ROWS)]
 
     @property
@@ -90,12 +90,26 @@ class Patch:
         """A trained tensor as stored, or of its trained rows. Raises: InputError, also when it is not finite floats."""
         found = self.tensor(name)
         if not _finite(found):
-            raise _unfit(self.path, f"has '{format_text(name)}' as {found.dtype} with values that are not all finite floats")
+            raise self.unfit(f"has '{format_text(name)}' as {found.dtype} with values that are not all finite floats")
         return found
 
     def rows(self, name: str) -> torch.Tensor | None:
-        """Which output rows of the tensor were trained, sorted int64 [R]; None for all of them."""
-        return self.tensor(rows_name(name)) if rows_name(name) in self.shapes else None
+        """Which output rows of the tensor were trained, sorted int64 [R]; None for all. Raises: InputError if unfit."""
+        from edgegt.quant import index_fault
+
+        if rows_name(name) not in self.shapes:
+            return None
+        rows = self.tensor(rows_name(name))
+        fault = index_fault(rows, 1 << 48)
+        if fault is None and self.shapes[name][:1] != rows.shape:
+            fault = f"{len(rows)} rows, and values {self.shapes[name]}"
+        if fault is not None:
+            raise self.unfit(f"has rows of '{format_text(name)}' that cannot be ({fault})")
+        return rows
+
+    def unfit(self, what: str) -> InputError:
+        """The error about a patch that is whole and makes no sense."""
+        return _unfit(self.path, what)
 
     def check_base(self, name: str, fingerprint: str) -> None:
         """Raises: InputError when the patch belongs to another base than the model of this name and fingerprint."""
