@@ -105,7 +105,7 @@ def export_patch(
     given, path = subject_patch(run, patch), new_file(output, force)
     rounding, items = Rounding(), []
     for name in given.names:
-        kind = given.tensor(name).dtype if dtype is None else getattr(torch, dtype)
+        kind = given.values(name).dtype if dtype is None else getattr(torch, dtype)
         items.append(Item(name, kind, given.shapes[name], partial(_of_patch, given, name, kind, rounding)))
         rows = given.rows(name)
         if rows is not None:
@@ -114,7 +114,7 @@ def export_patch(
     tensors = {item.name: item for item in items}
     save_patch(path, tensors, given.fingerprint, about.get("model", "?"), __version__, about.get("separator", ""))
     if rounding.lost:
-        log.say(f"rounded to {dtype}: the trained tensors lose {rounding.of_values:.2g} of their norm")
+        log.say(f"trained tensors rounded to {dtype}: {rounding.of_values:.3%} of their norm is lost")
     log.say(f"{len(given.names)} trained tensors, {format_bytes(path.stat().st_size)}")
     return path
 
@@ -139,9 +139,8 @@ def export_model(
     path = _new_folder(output, force, (base.source.directory, given.path))
     with replacing_folder(path) as partly:
         done = _write_model(base, given, partly, dtype)
-        write_text(
-            partly / _CARD, model_card(base.source.name, given, None if run is None else RunFolder(Path(run)), done)
-        )
+        folder = None if run is None else RunFolder(Path(run))
+        write_text(partly / _CARD, model_card(base.source.name, given, folder, done))
     for note in done.notes:
         log.say(note)
     if done.left_out:
