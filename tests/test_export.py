@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_a_tied_embedding_that_was_trained_stays_the_head(family: str, tmp_path:
 
 def test_a_config_says_that_the_head_is_apart_where_it_can(tmp_path: Path) -> None:
     said = {}
-    for family in ("llama", "gpt2", "opt", "qwen2", "gemma2", "bloom", "t5", "bart"):
+    for family in ("llama", "gpt2", "opt", "gemma2", "bloom", "t5", "bart"):
         folder, out = tmp_path / family, tmp_path / f"{family}-out"
         save_model(folder, EVERY[family]())
         config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
@@ -301,7 +302,10 @@ def test_a_patch_that_is_not_of_this_base_is_refused(tmp_path: Path) -> None:
         ({HEAD: torch.ones(3, 64), f"{HEAD}|rows": rows}, "2 rows, and values"),
         ({f"{HEAD}|rows": rows}, "without the values of these rows"),
         ({HEAD: torch.full((320, 64), torch.nan)}, "not all finite"),
-        ({"model.norm.weight": torch.ones(2), "model.norm.weight|rows": rows}, "only the rows of a linear"),
+        (
+            {"model.norm.weight": torch.ones(2), "model.norm.weight|rows": torch.tensor([1, 2])},
+            "only the rows of a linear",
+        ),
     ):
         save_patch(patch, tensors, fingerprint, "model", "0")
         with pytest.raises(InputError, match=why):
@@ -442,34 +446,53 @@ def trained_and_exported(tmp_path: Path, *more: str, model: Path = runs.STORIES)
     run, out = tmp_path / "run", tmp_path / "out"
     words = runs.words(run, *more, model=model, data=runs.some_rows(tmp_path))
     for arguments in (words, ["export", str(run), "--to", "hf", "--output", str(out)]):
-        done = runs.edgegt(arguments, tmp_path / "cache")
+        done = runs.edgegt(arguments, Path(os.environ["EDGEGT_CACHE"]))
         assert done.returncode == 0, done.stderr
     return run, out
 
 
-@pytest.mark.skipif(not runs.HERE, reason="no stories260K or no E2E rows under shared/data")
-def test_an_exported_run_has_its_loss_in_another_program_and_its_card(tmp_path: Path) -> None:
-    run, out = trained_and_exported(tmp_path, "--lr", "3e-3")
-    after = runs.read(run, "eval.json")["after"]
+@pytest.mark.slow
+@pytest.mark.skipif(not runs.HERE, reason="no base-7m or no E2E rows under shared/data")
+@pytest.mark.parametrize("name", ["stories260K", "base-7m"])
+def test_an_exported_run_has_its_loss_in_another_program(name: str, tmp_path: Path) -> None:
+    base = runs.STORIES.parent / name
+    run, out = trained_and_exported(tmp_path, "--steps", "60", "--eval-rows", "40", model=base)
+    before, after = (runs.read(run, "eval.json")[when] for when in ("before", "after"))
     found = loss_without_edgegt(out, run, tmp_path / "rows.json")
+    assert after["loss"] < 0.8 * before["loss"]
     assert found["tokens"] == after["tokens"] and found["loss"] == pytest.approx(after["loss"], rel=0.005)
     card, about = (out / "README.md").read_text(), runs.read(run, "run.json")
-    assert "stories260K" in card and f"{about['data']['train_rows']} rows trained on, 24 held out" in card
+    assert name in card and f"{about['data']['train_rows']} rows trained on, 40 held out" in card
     assert (
         f"{about['measured']['flops_ratio']:.1%} of full fine-tuning" in card and f"{after['loss']:.4f} after" in card
     )
-    assert all(f"`{name}`" in card for name in open_patch(run / "patch.safetensors").names)
     assert "Alimentum" not in card and str(tmp_path) not in card
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not runs.HERE, reason="no base-7m or no E2E rows under shared/data")
-def test_an_exported_run_of_base_7m_has_its_loss_in_another_program(tmp_path: Path) -> None:
-    base = runs.STORIES.parent / "base-7m"
-    run, out = trained_and_exported(tmp_path, "--steps", "60", "--eval-rows", "40", model=base)
-    after = runs.read(run, "eval.json")["after"]
-    found = loss_without_edgegt(out, run, tmp_path / "rows.json")
-    assert found["tokens"] == after["tokens"] and found["loss"] == pytest.approx(after["loss"], rel=0.005)
+def test_a_card_says_what_the_run_says_and_nothing_of_the_text(tmp_path: Path) -> None:
+    folder, run = tmp_path / "model", tmp_path / "run"
+    save_model(folder, FAMILIES["llama"]())
+    run.mkdir()
+    make_patch(folder, [HEAD], path=run / "patch.safetensors")
+    about = {
+        "model": {"directory": str(folder), "name": "model"}, "strategy": "greentrainer", "finished": True,
+        "data": {"train_rows": 90, "eval_rows": 10, "name": "my secrets.csv", "separator": "secret"},
+        "measured": {"steps": 12, "flops": 4.14e9, "flops_ratio": 0.499}, "command": "edgegt run --data secret",
+    }  # fmt: skip
+    result = {"before": {"loss": 2.5}, "after": {"loss": 1.25, "rows": 10}, "examples": [{"prompt": "a secret"}]}
+    (run / "run.json").write_text(json.dumps(about))
+    (run / "eval.json").write_text(json.dumps(result))
+    export_model(str(run), None, None, str(tmp_path / "out"), log=QUIET)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in ("base: model, fingerprint", "90 rows trained on, 10 held out", "12 steps, strategy greentrainer",
+                 "4.14 GFLOP, 49.9% of full fine-tuning", "2.5000 before and 1.2500 after", "- `lm_head.weight`"):  # fmt: skip
+        assert said in card
+    assert "secret" not in card and str(tmp_path) not in card and "broken off" not in card
+    (run / "run.json").write_text(json.dumps({**about, "finished": False}))
+    (run / "eval.json").unlink()
+    export_model(str(run), None, None, str(tmp_path / "half"), log=QUIET)
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert "the run was broken off before its end" in card and "held-out loss" not in card
 
 
 def test_what_cannot_be_exported_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
