@@ -299,7 +299,7 @@ def _rounded(
 ) -> torch.Tensor:
     """The tensor in another dtype, and what that loses. Raises: InputError when a value becomes infinite."""
     found = exact.to(wanted)
-    if not bool(found.isfinite().all()) and bool(exact.isfinite().all()):
+    if not _finite(found) and _finite(exact):
         kind = str(wanted).removeprefix("torch.")
         raise InputError(
             f"'{format_text(name)}' has values up to {float(exact.abs().max()):.3g}, which {kind} cannot hold: give "
@@ -307,6 +307,10 @@ def _rounded(
         )
     rounding.add(exact, found, before)
     return found
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def _say_what_is_lost(done: Exported, trained: Rounding, others: Rounding, dtype: str | None) -> None:

@@ -76,7 +76,7 @@ def test_rows_of_a_head_are_united(base: Pretrained, tmp_path: Path) -> None:
     rows = torch.tensor([3, 5, 9]), torch.tensor([5, 7])
     one, two = (patch(base, tmp_path / str(seed), seed, head=index) for seed, index in enumerate(rows))
     first, second = (read_patch(path)[0][HEAD] for path in (one, two))
-    with pytest.raises(InputError, match="lacks 'lm_head.weight' or rows of it"):
+    with pytest.raises(InputError, match=r"lacks 'lm_head.weight' or rows of it"):
         merged([one, two], None)
     found, own = merged([one, two], base), base.value(HEAD)
     assert found[f"{HEAD}|rows"].tolist() == [3, 5, 7, 9]
