@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +138,8 @@ def export_model(
     base = open_pretrained(_base_of(run, model))
     base.check(given)
     path = _new_folder(output, force, (base.source.directory, given.path))
+    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        log.say(f"note: '{left}' is of an export that still runs or was killed: delete it in that case")
     with replacing_folder(path) as partly:
         done = _write_model(base, given, partly, dtype)
         folder = None if run is None else RunFolder(Path(run))

@@ -98,7 +98,7 @@ def compare(first: Patch, second: Patch, base: Pretrained | None) -> dict[str, A
     """What differs: of each tensor where it is, and the norm of the difference, alone and of the first's values.
 
     Of a tensor that one patch has, against the base's values; None without a base. Of rows likewise: without a base
-    those are compared that both have.
+    those are compared that both have, and the tensor is the same only where the rows are.
     """
     patches = (first, second)
     check_one_base(patches, base)
@@ -116,9 +116,11 @@ def compare(first: Patch, second: Patch, base: Pretrained | None) -> dict[str, A
         }
         if extent.rows is not None:
             entry["rows"] = len(extent.rows)
-        if base is not None or len(holders) == 2:
+        if base is not None or (len(holders) == 2 and entry.get("rows") != 0):
             difference, norm = _norms(patches, base, name, extent)
             entry["difference"], entry["relative"] = difference, difference / norm if norm else None
+        known = base is not None or (len(holders) == 2 and _same_rows(holders, name))
+        entry["same"] = known and entry["difference"] == 0
         listed.append(entry)
     return {"fingerprint": first.fingerprint, "first": str(first.path), "second": str(second.path), "tensors": listed}
 
@@ -130,6 +132,8 @@ def value_in(patch: Patch, base: Pretrained | None, name: str, rows: torch.Tenso
     """
     if name in patch.shapes:
         values, own = patch.values(name), patch.rows(name)
+        if own is None and rows is not None and (not values.ndim or int(rows[-1:].sum()) >= len(values)):
+            raise patch.unfit(f"has '{format_text(name)}' as {tuple(values.shape)}, another one rows beyond that")
         if own is None:
             return values if rows is None else values[rows]
         if rows is not None and torch.equal(own, rows):
@@ -177,6 +181,13 @@ def _common(holders: Sequence[Patch], name: str) -> Extent:
     return Extent(shape if rows is None else (len(rows), *shape[1:]), rows)
 
 
+def _same_rows(holders: Sequence[Patch], name: str) -> bool:
+    """Whether all of these patches trained the whole tensor, or the same rows of it."""
+    rows = [patch.rows(name) for patch in holders]
+    first = rows[0]
+    return all(other is None if first is None else other is not None and torch.equal(first, other) for other in rows)
+
+
 def _need_no_base(patches: Sequence[Patch], name: str, extent: Extent) -> None:
     """Raises: InputError when a patch lacks the tensor, or rows of it; or when shapes differ."""
     for patch in patches:
@@ -185,7 +196,7 @@ def _need_no_base(patches: Sequence[Patch], name: str, extent: Extent) -> None:
         rows = patch.rows(name)
         if rows is not None and (extent.rows is None or not torch.equal(rows, extent.rows)):
             raise _needs_base(name, patch)
-        if rows is None and patch.shapes[name] != extent.shape:
+        if patch.shapes[name] != extent.shape:
             raise patch.unfit(f"has '{format_text(name)}' as {patch.shapes[name]}, another one as {extent.shape}")
 
 

@@ -117,6 +117,28 @@ def test_a_tied_embedding_that_was_trained_stays_the_head(family: str, tmp_path:
     assert names_in(out) == names_in(folder)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart"])
+def test_an_exported_model_is_a_base_again(family: str, tmp_path: Path) -> None:
+    folder, out, config = tmp_path / "model", tmp_path / "out", EVERY[family]()
+    save_model(folder, config)
+    export_model(None, str(folder), str(make_patch(folder, some_names(folder))), str(out), log=QUIET)
+    model, batch = load(out, tmp_path / "cache"), batch_of(3, start=start_of(family))
+    expected = logits_of(loaded(out, config), batch)
+    assert not model.tied and float((logits_of(model.module, batch) - expected).norm() / expected.norm()) < 0.05
+
+
+def test_a_new_head_has_the_name_that_files_give_it(tmp_path: Path) -> None:
+    folder, out, config = tmp_path / "model", tmp_path / "out", FAMILIES["gpt-neox"]()
+    config.tie_word_embeddings = True
+    save_model(folder, config)
+    base = open_pretrained(str(folder))
+    assert base.tied and "embed_out.weight" not in names_in(folder)
+    export_model(None, str(folder), str(make_patch(folder, [base.head])), str(out), log=QUIET)
+    assert set(names_in(out)) - set(names_in(folder)) == {"embed_out.weight"}
+    value = read_patch(tmp_path / "patch.safetensors")[0][base.head]
+    assert torch.equal(loaded(out, config).get_output_embeddings().weight, value)
+
+
 def test_a_config_says_that_the_head_is_apart_where_it_can(tmp_path: Path) -> None:
     said = {}
     for family in ("llama", "gpt2", "opt", "gemma2", "bloom", "t5", "bart"):

@@ -157,6 +157,42 @@ def test_differences_are_norms(base: Pretrained, tmp_path: Path) -> None:
     assert whole[HEAD]["difference"] == pytest.approx(float(expected.norm()), rel=1e-5)
 
 
+def test_patches_that_do_not_fit_each_other_are_refused(base: Pretrained, tmp_path: Path) -> None:
+    """Without their base nothing says which of them is right."""
+    index = f"{HEAD}|rows"
+    forms: list[dict[str, torch.Tensor]] = [
+        {HEAD: torch.ones(10, 64)},
+        {HEAD: torch.ones(10, 63)},
+        {HEAD: torch.tensor(1.0)},
+        {HEAD: torch.ones(2, 64), index: torch.tensor([4, 500])},
+        {HEAD: torch.ones(2, 63), index: torch.tensor([4, 500])},
+    ]
+    paths = [tmp_path / str(number) for number in range(len(forms))]
+    for path, tensors in zip(paths, forms, strict=True):
+        save_patch(path, tensors, base.fingerprint, "model", "0")
+    for one in paths:
+        for two in paths:
+            if one == two:
+                assert entries(compare(open_patch(one), open_patch(two), None))[HEAD]["same"]
+                continue
+            with pytest.raises(InputError):
+                merged([one, two], None)
+            with pytest.raises(InputError):
+                compare(open_patch(one), open_patch(two), None)
+
+
+def test_rows_that_nothing_has_in_common_are_not_the_same(base: Pretrained, tmp_path: Path) -> None:
+    rows = torch.tensor([3, 5, 9]), torch.tensor([7]), torch.tensor([3, 5])
+    one, other, part = (patch(base, tmp_path / str(n), n, head=index) for n, index in enumerate(rows))
+    found = entries(compare(open_patch(one), open_patch(other), None))[HEAD]
+    assert found["rows"] == 0 and found["difference"] is None and not found["same"]
+    tensors = read_patch(one)[0]
+    save_patch(part, {HEAD: tensors[HEAD][:2], f"{HEAD}|rows": rows[2]}, base.fingerprint, "model", "0")
+    found = entries(compare(open_patch(one), open_patch(part), None))[HEAD]
+    assert found["difference"] == 0 and not found["same"]
+    assert entries(compare(open_patch(one), open_patch(one), None))[HEAD]["same"]
+
+
 def test_the_command_line_compares_and_averages(
     base: Pretrained, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

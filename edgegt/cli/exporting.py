@@ -84,8 +84,8 @@ def _diff(parsed: argparse.Namespace) -> int:
         print_json(found)
         return 0
     where = {"both": "both", "first": "only the first", "second": "only the second"}
-    same = [entry for entry in found["tensors"] if entry["difference"] == 0]
-    shown = [entry for entry in found["tensors"] if entry["difference"] != 0]
+    same = [entry for entry in found["tensors"] if entry["same"]]
+    shown = [entry for entry in found["tensors"] if not entry["same"]]
     width = max((len(entry["name"]) for entry in shown), default=6)
     if shown:
         print(f"{'tensor':<{width}}  {'in':<15}  {'difference':>10}  {'relative':>9}")
@@ -94,10 +94,10 @@ def _diff(parsed: argparse.Namespace) -> int:
             f"{'unknown':>{size}}" if value is None else f"{value:>{size}.4g}"
             for value, size in ((entry["difference"], 10), (entry["relative"], 9))
         )
-        rows = f"  {entry['rows']} rows" if "rows" in entry else ""
+        rows = f"  {entry['rows']} rows{'' if parsed.model else ' in both'}" if "rows" in entry else ""
         print(f"{entry['name']:<{width}}  {where[entry['in']]:<15}  {norms}{rows}")
     print(f"{len(shown)} of {len(found['tensors'])} tensors differ, {len(same)} are the same")
-    if any(entry["difference"] is None for entry in shown):
+    if parsed.model is None and any(entry["difference"] is None or "rows" in entry for entry in shown):
         print("what only one patch has is compared with the base when that is given: --model")
     return 0
 
