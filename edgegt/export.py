@@ -138,8 +138,9 @@ def export_model(
     base = open_pretrained(_base_of(run, model))
     base.check(given)
     path = _new_folder(output, force, (base.source.directory, given.path))
-    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
-        log.say(f"note: '{left}' is of an export that still runs or was killed: delete it in that case")
+    for left in sorted(path.parent.glob(f".{escape(path.name)}.*")):
+        if left.suffix in (".tmp", ".old"):
+            log.say(f"note: '{left}' is of an export that still runs, or was killed: delete it in that case")
     with replacing_folder(path) as partly:
         done = _write_model(base, given, partly, dtype)
         folder = None if run is None else RunFolder(Path(run))

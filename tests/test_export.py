@@ -313,6 +313,17 @@ def test_an_existing_folder_is_refused_and_only_a_models_is_replaced(tmp_path: P
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_what_a_killed_export_left_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    save_model(folder, FAMILIES["llama"]())
+    for name in (".out.77.tmp", ".out.77.old", ".other.77.tmp"):
+        (tmp_path / name).mkdir()
+    export_model(None, str(folder), str(make_patch(folder, [HEAD])), str(tmp_path / "out"))
+    said = capsys.readouterr().err
+    assert ".out.77.tmp' is of an export that still runs, or was killed" in said and ".out.77.old'" in said
+    assert ".other" not in said and (tmp_path / ".out.77.tmp").is_dir()
+
+
 def test_a_failing_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
     save_model(folder, FAMILIES["llama"]())
