@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgegt.doctor import examine
     from edgegt.errors import BudgetError, EdgegtError, InputError, Interrupted
+    from edgegt.export import export_model, export_patch
     from edgegt.options import RunOptions
     from edgegt.outlook import look_ahead
     from edgegt.profile import Profile, load_profile
@@ -32,6 +33,8 @@ _HOMES = {
     "__version__": "version",
     "evaluate_subject": "use",
     "examine": "doctor",
+    "export_model": "export",
+    "export_patch": "export",
     "generate_text": "use",
     "load_profile": "profile",
     "look_ahead": "outlook",
@@ -49,6 +52,8 @@ __all__ = [
     "__version__",
     "evaluate_subject",
     "examine",
+    "export_model",
+    "export_patch",
     "generate_text",
     "load_profile",
     "look_ahead",

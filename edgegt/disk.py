@@ -57,6 +57,30 @@ def replacing(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place, and that of what is there, when the block ends without an error.
+
+    Raises: DiskError when it cannot be made; what was there stays.
+    """
+    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
+    try:
+        partial.mkdir(mode=0o700, parents=True)
+        yield partial
+        _synchronise(partial)
+        if os.path.lexists(path):
+            path.rename(old)
+        partial.rename(path)
+        _synchronise(path.parent)
+    except OSError as error:
+        raise fault(path, error) from error
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(path):
+            old.rename(path)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write every byte; a disk that takes fewer and reports nothing is full. Raises: OSError."""
     left = memoryview(data).cast("B")

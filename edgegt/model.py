@@ -119,11 +119,7 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
 
     Raises: InputError when the files lack a tensor that the architecture needs.
     """
-    model = skeleton(copy.deepcopy(config))
-    head = head_name(model)
-    if head and _head_is_apart(model, source, head):
-        untie_head(model)
-    tied = bool(head) and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model, head, tied = outline(config, source)
     fresh = begin_fresh(model, device)
     embedding = _name_of(model, model.get_input_embeddings())
     trainable = {name for name, p in model.named_parameters() if p.requires_grad and _in_float(model, name, p)}
@@ -155,6 +151,18 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
         by_name[head] = by_name[embedding]
     handles = model, linears, vectors, head, tied, meter, source, store, identity, device, inputs
     return Int8Model(*handles, [], by_name, fresh)
+
+
+def outline(config: Any, source: Source) -> tuple[Any, str, bool]:
+    """The skeleton, its head apart where the files have it so; the head's name, and whether it is the embedding's.
+
+    The name of a classifier's head is empty.
+    """
+    model = skeleton(copy.deepcopy(config))
+    head = head_name(model)
+    if head and _head_is_apart(model, source, head):
+        untie_head(model)
+    return model, head, bool(head) and model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def skeleton(config: Any) -> Any:
@@ -208,28 +216,51 @@ def _in_float(model: Any, name: str, parameter: nn.Parameter) -> bool:
 
 def _entries(model: Any, source: Source, head: str, tied: bool, fresh: set[str]) -> Iterator[Entry]:
     stacks = stacks_of(model)
-    prefix = getattr(model, "base_model_prefix", "")
-    pieces, seen = pieces_of(model, source.files), set()
+    stored, seen = _stored_as(model, source), set()
     for module_name, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{short}"
             if (tied and name == head) or name in fresh or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-            found = next((pieces.found[spelling] for spelling in spellings if spelling in pieces.found), None)
+            found = stored.get(name)
             if found is None:
-                merged = next((pieces.unknown[spelling] for spelling in spellings if spelling in pieces.unknown), None)
-                if merged is not None:
-                    raise InputError(
-                        f"'{name}' would be made from '{merged}' in a way that edgegt does not know: save the model "
-                        "with save_pretrained(..., save_original_format=False) once"
-                    )
                 raise InputError(f"the model in '{source.directory}' lacks the tensor '{name}': fetch the model again")
             block = block_in(name, stacks, head)
             int8 = is_int8(module, parameter)
             rows = matrix_shape(module, parameter)[0] if is_experts(module) else 0
             yield Entry(name, found[0], block, int8, int8 and is_transposed(module), found[1:], rows)
+
+
+def names_in_files(model: Any, source: Source) -> dict[str, str]:
+    """What the files call each parameter, by all names that the model has for it.
+
+    Those that they lack are left out, and stacks of experts, of which files may have a tensor per expert.
+    """
+    stacks = {f"{path}." for path, module in model.named_modules() if is_experts(module)}
+    found = _stored_as(model, source)
+    return {name: files[0] for name, files in found.items() if f"{name.rpartition('.')[0]}." not in stacks}
+
+
+def _stored_as(model: Any, source: Source) -> dict[str, tuple[str, ...]]:
+    """The files' tensors that make up each parameter, by all names that the model has for it.
+
+    Raises: InputError for a tensor that would be merged in a way that is not known here.
+    """
+    prefix, pieces = getattr(model, "base_model_prefix", ""), pieces_of(model, source.files)
+    found: dict[str, tuple[str, ...]] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        spelled = next((spelling for spelling in spellings if spelling in pieces.found), None)
+        merged = next((pieces.unknown[spelling] for spelling in spellings if spelling in pieces.unknown), None)
+        if spelled is not None:
+            found[name] = pieces.found[spelled]
+        elif merged is not None:
+            raise InputError(
+                f"'{name}' would be made from '{merged}' in a way that edgegt does not know: save the model with "
+                "save_pretrained(..., save_original_format=False) once"
+            )
+    return found
 
 
 def _fill(

@@ -1,4 +1,4 @@
-"""The patch: trained tensors in full precision, and what identifies the base they belong to.
+"""The patch: trained tensors in full precision, or exported in bfloat16, and what identifies the base they belong to.
 
 Of a linear of which only some output rows were trained it holds two tensors: '<name>', the values [R, in], and
 '<name>|rows', their sorted int64 index [R]. Such a patch has format 'sealed 2', any other 'sealed 1'.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +56,76 @@ def save_patch(
     write_sealed(path, items, about)
 
 
-def read_patch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a patch; one without a seal, of an older version, is read all the same.
+@dataclass(frozen=True)
+class Patch:
+    """A patch on disk whose every byte was checked, read one tensor at a time. shapes: of all its tensors, by name."""
+
+    path: Path
+    about: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def names(self) -> list[str]:
+        """The trained tensors. Raises: InputError for rows without their values."""
+        for name in self.shapes:
+            if name.endswith(_ROWS) and name.removesuffix(_ROWS) not in self.shapes:
+                raise self.unfit(f"has '{format_text(name)}' without the values of these rows")
+        return [name for name in self.shapes if not name.endswith(_ROWS)]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.about["fingerprint"]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor as stored. Raises: KeyError when the patch lacks it, InputError when it cannot be read."""
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self.shapes:
+            raise KeyError(name)
+        try:
+            with safe_open(str(self.path), framework="pt") as handle:
+                found: torch.Tensor = handle.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise _damaged(self.path, error) from error
+        return found
+
+    def values(self, name: str) -> torch.Tensor:
+        """A trained tensor as stored, or of its trained rows. Raises: InputError, also when it is not finite floats."""
+        found = self.tensor(name)
+        if not _finite(found):
+            raise self.unfit(f"has '{format_text(name)}' as {found.dtype} with values that are not all finite floats")
+        return found
+
+    def rows(self, name: str) -> torch.Tensor | None:
+        """Which output rows of the tensor were trained, sorted int64 [R]; None for all. Raises: InputError if unfit."""
+        from edgegt.quant import index_fault
+
+        if rows_name(name) not in self.shapes:
+            return None
+        rows = self.tensor(rows_name(name))
+        fault = index_fault(rows, 1 << 48)
+        if fault is None and self.shapes[name][:1] != rows.shape:
+            fault = f"{len(rows)} rows, and values {self.shapes[name]}"
+        if fault is not None:
+            raise self.unfit(f"has rows of '{format_text(name)}' that cannot be ({fault})")
+        return rows
+
+    def unfit(self, what: str) -> InputError:
+        """The error about a patch that is whole and makes no sense."""
+        return _unfit(self.path, what)
+
+    def check_base(self, name: str, fingerprint: str) -> None:
+        """Raises: InputError when the patch belongs to another base than the model of this name and fingerprint."""
+        if self.fingerprint != fingerprint:
+            raise InputError(
+                f"patch '{self.path}' was trained on another base ({format_text(self.about.get('model', '?'))}, "
+                f"fingerprint {format_text(self.fingerprint[:12])}) than '{name}' ({fingerprint[:12]}): give that base "
+                "with --model"
+            )
+
+
+def open_patch(path: Path) -> Patch:
+    """A patch, checked as a whole and not read yet; one without a seal, of an older version, is taken all the same.
 
     Raises: InputError when it is missing, damaged or not a patch.
     """
@@ -68,12 +137,10 @@ def read_patch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(str(path), framework="pt") as handle:
             about = dict(handle.metadata() or {})
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
         twice = _name_given_twice(path)
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
-        # The library checks names, dtypes and offsets; sizes that no tensor can have are refused by torch.
-        reason = format_text(str(error).partition("\n")[0], 120)
-        raise InputError(f"patch '{shown}' is damaged ({reason}): take it from the run folder again") from error
+        raise _damaged(path, error) from error
     if twice is not None:
         raise _unfit(path, f"has '{format_text(twice)}' twice")
     if about.get("format") not in (FORMAT, ROWS_FORMAT, *OLD_FORMATS) or "fingerprint" not in about:
@@ -84,7 +151,19 @@ def read_patch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             read_sealed(path)
         except InputError as error:
             raise InputError(f"patch {format_text(error, None)}: take it from the run folder again") from error
-    return tensors, about
+    return Patch(path, about, shapes)
+
+
+def read_patch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a patch, and its metadata. Raises: InputError as `open_patch`."""
+    patch = open_patch(path)
+    return {name: patch.tensor(name) for name in patch.shapes}, patch.about
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    # The library checks names, dtypes and offsets; sizes that no tensor can have are refused by torch.
+    reason = format_text(str(error).partition("\n")[0], 120)
+    return InputError(f"patch '{format_text(path, None)}' is damaged ({reason}): take it from the run folder again")
 
 
 def patch_labels(path: Path, about: Mapping[str, str]) -> tuple[str, ...]:
@@ -120,25 +199,21 @@ def apply_patch(model: Int8Model, path: Path) -> dict[str, str]:
     An embedding that was trained whole goes to a tied head too, unless the patch has the head apart.
     Raises: InputError when the patch belongs to another base or does not fit it; nothing is changed then.
     """
-    tensors, about = read_patch(path)
-    if about["fingerprint"] != model.fingerprint:
-        raise InputError(
-            f"patch '{path}' was trained on another base ({format_text(about.get('model', '?'))}, fingerprint "
-            f"{format_text(about['fingerprint'][:12])}) than '{model.source.name}' ({model.fingerprint[:12]}): give "
-            "that base with --model"
-        )
+    import torch
+
+    patch = open_patch(path)
+    patch.check_base(model.source.name, model.fingerprint)
+    names, about = patch.names, patch.about
     _check_task(model, path, patch_labels(path, about))
-    values = {name: tensor for name, tensor in tensors.items() if not name.endswith(_ROWS)}
-    for name in tensors.keys() - values.keys():
-        if name.removesuffix(_ROWS) not in values:
-            raise _unfit(path, f"has '{format_text(name)}' without the values of these rows")
+    tensors = {name: patch.tensor(name) for name in patch.shapes}
+    values = {name: tensors[name] for name in names}
     holders = {name: _fitting_holder(model, path, name, tensors) for name in values}
     for name, value in values.items():
         if not _finite(value):
             raise _unfit(path, f"has '{name}' as {value.dtype} with values that are not all finite floats")
     for name, holder in holders.items():
         rows = tensors.get(rows_name(name))
-        _put(holder, values[name].to(model.device), None if rows is None else rows.to(model.device))
+        _put(holder, values[name].to(model.device, torch.float32), None if rows is None else rows.to(model.device))
     embedding = model.module.get_input_embeddings()
     if model.tied and model.head not in tensors and any(holder is embedding for holder in holders.values()):
         model.linears[model.head].restore(embedding.weight)

@@ -29,7 +29,8 @@ _EMPTY = "0" * 64
 _PART = 1 << 20
 _LARGEST_HEADER = 1 << 27
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_DTYPES = {
+# What safetensors calls the dtypes that are written here.
+DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
@@ -91,7 +92,7 @@ class Sealed:
         import torch
 
         kind, shape, start = self.entries[name]
-        found = torch.empty(shape, dtype=getattr(torch, _DTYPES[kind]))
+        found = torch.empty(shape, dtype=getattr(torch, DTYPES[kind]))
         if found.numel():
             with self.path.open("rb") as file:
                 file.seek(start)
@@ -128,7 +129,7 @@ def _place_of_seal(seal: str) -> bytes:
 
 
 def _header(items: Sequence[Item], about: Mapping[str, str]) -> bytes:
-    kinds = {name: kind for kind, name in _DTYPES.items()}
+    kinds = {name: kind for kind, name in DTYPES.items()}
     tree: dict[str, Any] = {"__metadata__": {SEAL: _EMPTY, **about}}
     start = 0
     for item in items:

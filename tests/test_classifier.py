@@ -350,6 +350,6 @@ def test_rows_as_long_as_the_model_has_positions_run(family: str, tmp_path: Path
     length = classifier_positions(config)
     assert length is not None
     rows = [replace(one, prompt=tuple(range(3, 3 + length))) for one in rows_of_ids(family, 2)]
-    batch = collate(rows, config.pad_token_id, length)
+    batch = collate(rows, config.pad_token_id)
     assert batch.shape.tokens == length
     assert bool(torch.isfinite(class_logits(model.module, batch, CPU)).all())

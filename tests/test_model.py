@@ -147,7 +147,7 @@ def test_stories_in_int8_writes_the_story_that_the_float_model_writes(tmp_path: 
 
     reference = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
     model = load(STORIES, tmp_path / "cache")
-    batch = batch_of(8, vocabulary=512)
+    batch = batch_of(64, vocabulary=512)
     expected, found = logits_of(reference, batch), logits_of(model.module, batch)
     assert float((found - expected).norm() / expected.norm()) < 0.03
     assert float((found.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.95

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (".py", ".j2", ".c", ".h", ".cpp")
 OTHER_FLAGS = {
     "--config", "--resume", "--explain", "--frontier", "--help", "--model", "--patch", "--extra-index-url",
-    "--metrics", "--answers", "--tokens", "--logdir",
+    "--metrics", "--answers", "--tokens", "--logdir", "--to", "--dtype", "--weights", "--force",
 }  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from edgegt.profile import profile_names
 
 SHELLS = ("bash", "zsh", "fish")
 _FOLDERS = {"model", "output", "resume", "run", "words"}
-_FILES = {"config", "data", "eval_data", "frontier", "patch"}
+_FILES = {"config", "data", "eval_data", "frontier", "patch", "patches"}
+_FILE_OUTPUTS = {"edgegt calibrate", "edgegt export", "edgegt patch merge"}
 
 
 def add_completion(commands: Any, name: str) -> None:
@@ -29,18 +30,17 @@ def _completion(parsed: argparse.Namespace) -> int:
     import shtab
 
     whole: argparse.ArgumentParser = parsed.parser
-    for parser in (whole, *_commands_of(whole).values()):
+    for parser in _with_commands(whole):
         for action in parser._actions:
             _say_what_completes(action, parser.prog)
     print(shtab.complete(whole, parsed.shell, preamble=_preamble(parsed.shell)))
     return 0
 
 
-def _commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    return {}
+def _with_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parser, and those of its commands and of their actions."""
+    below = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(found for choices in below for one in choices.values() for found in _with_commands(one))]
 
 
 def _say_what_completes(action: argparse.Action, command: str) -> None:
@@ -55,7 +55,7 @@ def _say_what_completes(action: argparse.Action, command: str) -> None:
         action.complete = {  # type: ignore[attr-defined]
             "bash": "_edgegt_device_files", "zsh": "_edgegt_device_files", "fish": "(_edgegt_device_files)",
         }  # fmt: skip
-    elif action.dest == "output" and command == "edgegt calibrate":
+    elif action.dest == "output" and command in _FILE_OUTPUTS:
         action.complete = shtab.FILE  # type: ignore[attr-defined]
     elif action.dest in _FOLDERS:
         action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
