@@ -89,9 +89,9 @@ def draw_tensors(plans: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     row_height = 26 if len(grid.rows) <= 14 else 17 if len(grid.rows) <= 44 else 11
     flat = len(grid.columns) <= FLAT_LABELS
-    top = 30 if flat else 86
     height = row_height * len(grid.rows)
-    right = RIGHT if flat else 2 * RIGHT
+    longest = max((len(label) for label in short_labels(grid.columns)), default=0)
+    top, right = (30, RIGHT) if flat else (max(86, 12 + 4 * longest), max(2 * RIGHT, 5 * longest - 20))
     figure, axes = canvas(WIDTH, height + top + 8, LEFT, right, top, 8)
     axes.set(xlim=(0, WIDTH - LEFT - right), ylim=(height, 0), xticks=[], yticks=[])
     _label(axes, grid, row_height, flat)
