@@ -16,7 +16,7 @@ from edgegt.architecture import is_linear, is_transposed, matrix_shape
 from edgegt.cache import cache_dir
 from edgegt.errors import InputError
 from edgegt.model import names_in_files, outline, skeleton
-from edgegt.patch import Patch, patch_labels
+from edgegt.patch import Patch
 from edgegt.quant import index_fault
 from edgegt.source import Source, fingerprint, open_source, read_config
 from edgegt.units import format_text
@@ -76,7 +76,7 @@ class Pretrained:
     def check(self, patch: Patch) -> None:
         """Whether this patch is one of this base, by fingerprint, names, shapes and rows. Raises: InputError."""
         patch.check_base(self.source.name, self.fingerprint)
-        if patch_labels(patch.path, patch.about):
+        if patch.labels:
             raise InputError(
                 f"patch '{format_text(patch.path, None)}' is a classifier's, and language models alone can be exported "
                 "and merged yet: use it in its run folder"

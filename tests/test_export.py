@@ -621,3 +621,10 @@ def test_a_classifiers_patch_is_refused(tmp_path: Path) -> None:
     save_patch(patch, tensors, base.fingerprint, "model", "0", labels=("no", "yes"))
     with pytest.raises(InputError, match="is a classifier's"):
         export_model(None, str(folder), str(patch), str(tmp_path / "out"), log=QUIET)
+
+
+def test_a_classifiers_patch_keeps_its_classes_in_another_dtype(tmp_path: Path) -> None:
+    labels = ("no", "yes, very")
+    save_patch(tmp_path / "p", {"score.weight": torch.ones(2, 64)}, "f" * 64, "model", "0", labels=labels)
+    path = export_patch(None, str(tmp_path / "p"), str(tmp_path / "out"), "bfloat16", log=QUIET)
+    assert open_patch(path).labels == labels
