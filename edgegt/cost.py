@@ -141,6 +141,14 @@ class Weight:
             count *= size
         return count
 
+    def per_position(self, size: int) -> Work:
+        """So much for every position that the weight reads."""
+        if self.dw.kept:
+            return Work(kept=size)
+        if self.dw.decoder:
+            return Work(decoder=size)
+        return Work(token=size) if self.dw.token else Work(row=size)
+
 
 @dataclass(frozen=True)
 class Path:
@@ -206,6 +214,10 @@ class CostTable:
     def largest_weight(self) -> int:
         """Elements of the largest matrix, of experts one's alone: bytes of one int8 plane of it."""
         return max(weight.numel // weight.experts for weight in self.weights if weight.kind != "vector")
+
+    def scored(self, shape: BatchShape) -> int:
+        """Positions of a row whose logits full fine-tuning computes: all, a decoder's, or the one of a class."""
+        return shape.kept if self.encoder_decoder or not self.head_size else shape.tokens
 
     def mask(self, selected: Iterable[str]) -> int:
         """Bit mask of the weights with these names. Raises KeyError for a name that is not in the table."""

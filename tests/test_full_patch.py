@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import runs
+from edgegt.budget import Need
 from edgegt.cli import main
+from edgegt.cost import BatchShape
 from edgegt.errors import InputError
-from edgegt.full import whole_patch
+from edgegt.full import full_terms, whole_patch
+from edgegt.job import Schedule
 from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
+from edgegt.options import RunOptions
 from edgegt.patch import apply_patch, save_patch
+from edgegt.trace import trace
 from edgegt.use import load_subject
-from tiny_models import CPU, EVERY, FAMILIES, batch_of, load, logits_of, save_model, start_of
+from tiny_models import CPU, EVERY, FAMILIES, VOCABULARY, batch_of, float_model, load, logits_of, save_model, start_of
 
 
 def trained(model: Any, start: int | None = None) -> Any:
@@ -95,3 +101,40 @@ def test_a_full_run_is_evaluated_and_asked_like_any_other(
     (folder / "run.json").write_text("{}")
     assert main(["eval", str(folder)]) == 2
     assert "run.json is damaged (no 'model')" in capsys.readouterr().err
+
+
+def saved_bytes(model: Any, read: int, written: int) -> int:
+    """What autograd keeps of 2 rows, weights aside, with their logits."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = [torch.randint(3, VOCABULARY, (2, length)) for length in (read, written)]
+        model(input_ids=ids[0], decoder_input_ids=ids[1], use_cache=False).logits.logsumexp(-1).sum()
+    return sum(storage.nbytes() for storage in held.values())
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_memory_follows_both_sides_of_an_encoder_decoder(family: str) -> None:
+    """Long answers to short prompts need their room, and long prompts with short answers no room for logits."""
+    config = EVERY[family]()
+    table, model = trace(config), float_model(config, None)
+    for read, written in ((8, 100), (100, 8)):
+        shape = BatchShape(2, read, written)
+        need = Need(table, 0, VOCABULARY, shape)
+        setup: Any = SimpleNamespace(
+            need=need, options=RunOptions(batch_size=2), schedule=Schedule(((0.0, (0, 1)),), (shape,), (1,))
+        )
+        terms = full_terms(setup, 2)
+        measured = saved_bytes(model, read, written)
+        assert 0.9 * measured < terms["activations"] + terms["logits"] < 3 * measured
+        assert terms["logits"] == 12 * 2 * written * VOCABULARY
+        inputs = sum(layer.input_bytes.at(shape) for layer in table.layers)
+        block = max(table.layer_bytes(index).at(shape) for index in range(table.blocks))
+        assert need.probe_bytes(shape) > inputs + block
