@@ -154,9 +154,10 @@ def test_stories_in_int8_writes_the_story_that_the_float_model_writes(tmp_path: 
     assert float(same.float().mean()) > 0.93
 
 
-def test_answers_stay_within_the_positions_of_the_model(tmp_path: Path) -> None:
-    """GPT-2 looks positions up: a prompt and an answer beyond them would be an IndexError."""
-    save_model(tmp_path / "model", FAMILIES["gpt2"]())
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_answers_stay_within_the_positions_of_the_model(family: str, tmp_path: Path) -> None:
+    """GPT-2 and BART look positions up: a prompt and an answer beyond them would be an IndexError."""
+    save_model(tmp_path / "model", EVERY[family]())
     model = load(tmp_path / "model", tmp_path / "cache")
 
     class Words:
