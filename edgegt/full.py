@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from edgegt.architecture import auto_class, is_classifier, is_transposed, matrix_shape
+from edgegt.architecture import (
+    auto_class,
+    has_own_head,
+    is_classifier,
+    is_head_tied,
+    is_transposed,
+    matrix_shape,
+    untie_head,
+)
 from edgegt.attention import register_attention
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Saved
@@ -64,6 +72,9 @@ class FloatTrainee:
             **(classes if is_classifier(setup.config) else {}),
         ).to(setup.device).eval()  # fmt: skip
         begin_fresh(self.module, setup.device)
+        # transformers ties a head whose values equal the embedding's; an architecture with its own never shares it.
+        if has_own_head(self.module.config) and is_head_tied(self.module):
+            untie_head(self.module)
         self.meter = FlopMeter()
         attach(self.module, self.meter)
         self.fingerprint = fingerprint(setup.source, cache_dir() / "fingerprints.json")

@@ -22,6 +22,7 @@ from edgegt.architecture import (
     has_own_head,
     head_name,
     is_experts,
+    is_head_tied,
     is_int8,
     is_linear,
     is_lookup,
@@ -162,7 +163,7 @@ def outline(config: Any, source: Source) -> tuple[Any, str, bool]:
     head = head_name(model)
     if head and _head_is_apart(model, source, head):
         untie_head(model)
-    return model, head, bool(head) and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return model, head, bool(head) and is_head_tied(model)
 
 
 def skeleton(config: Any) -> Any:
@@ -196,7 +197,7 @@ class _NoMatrices(TorchFunctionMode):
 def _head_is_apart(model: Any, source: Source, head: str) -> bool:
     """Whether the files have a head of their own where the architecture ties it, as transformers sees it too."""
     embedding = model.get_input_embeddings()
-    if model.get_output_embeddings().weight is not embedding.weight:
+    if not is_head_tied(model):
         return False
     stored = pieces_of(model, source.files).found
     own, shared = stored.get(head), stored.get(_name_of(model, embedding))

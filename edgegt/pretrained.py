@@ -141,11 +141,11 @@ def can_untie(base: Pretrained, tree: Mapping[str, Any]) -> bool:
     """
     from transformers import AutoConfig
 
-    from edgegt.architecture import untie_head
+    from edgegt.architecture import is_head_tied, untie_head
 
     changed = {key: value for key, value in tree.items() if key != "model_type"} | {"tie_word_embeddings": False}
     parted, kept = skeleton(AutoConfig.for_model(tree["model_type"], **changed)), skeleton(base.config)
-    if parted.get_output_embeddings().weight is parted.get_input_embeddings().weight:
+    if is_head_tied(parted):
         return False
     untie_head(kept)
     return [name for name, _ in parted.named_parameters()] == [name for name, _ in kept.named_parameters()]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import runs
+from edgegt import home
 from edgegt.budget import Need
 from edgegt.cli import main
 from edgegt.cost import BatchShape
@@ -20,7 +21,7 @@ from edgegt.job import Schedule
 from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
 from edgegt.options import RunOptions
-from edgegt.patch import apply_patch, save_patch
+from edgegt.patch import apply_patch, open_patch, save_patch
 from edgegt.trace import trace
 from edgegt.use import load_subject
 from tiny_models import CPU, EVERY, FAMILIES, VOCABULARY, batch_of, float_model, load, logits_of, save_model, start_of
@@ -138,3 +139,26 @@ def test_memory_follows_both_sides_of_an_encoder_decoder(family: str) -> None:
         inputs = sum(layer.input_bytes.at(shape) for layer in table.layers)
         block = max(table.layer_bytes(index).at(shape) for index in range(table.blocks))
         assert need.probe_bytes(shape) > inputs + block
+
+
+def test_a_head_of_its_own_is_trained_apart_even_where_it_equals_the_embedding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would tie FLAN-T5's then, and the patch would lack what the int8 model has apart."""
+    config = EVERY["flan-t5"]()
+    config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = 1024, 0, 1, 2
+    save_model(tmp_path / "model", config)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((home.MODEL / name).read_bytes())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(home.TRAIN.read_text(encoding="utf-8").splitlines(keepends=True)[:40]), encoding="utf-8")
+    words = ["run", "--device", "jetson", "--model", str(tmp_path / "model"), "--data", str(rows), "--steps", "3"]
+    words += ["--strategy", "full", "--memory", "2GiB", "--output", str(tmp_path / "run"), "--no-examples", "--quiet"]
+    assert main(words) == 0
+    patch = open_patch(tmp_path / "run" / "patch.safetensors")
+    assert {"lm_head.weight", "shared.weight"} <= set(patch.names)
+    assert not torch.equal(patch.values("lm_head.weight"), patch.values("shared.weight"))
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    after = runs.read(tmp_path / "run", "eval.json")["after"]["loss"]
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(after, rel=0.01)
