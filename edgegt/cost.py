@@ -227,6 +227,16 @@ class CostTable:
             mask |= 1 << index[name]
         return mask
 
+    def with_head_apart(self) -> CostTable:
+        """The table when the files have a head of its own although the config ties it to the embedding."""
+        (head,) = (weight for weight in self.weights if weight.kind == "head")
+        return replace(
+            self,
+            parameters=self.parameters + head.numel,
+            base_bytes=self.base_bytes + head.numel + 2 * head.shape[0],
+            float_bytes=self.float_bytes + 4 * head.numel,
+        )
+
     def with_head_rows(self, rows: int) -> CostTable:
         """The table when only this many rows of the head are trained.
 

@@ -21,6 +21,7 @@ from edgegt.architecture import (
     block_in,
     has_own_head,
     head_name,
+    is_classifier,
     is_experts,
     is_head_tied,
     is_int8,
@@ -152,6 +153,14 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
         by_name[head] = by_name[embedding]
     handles = model, linears, vectors, head, tied, meter, source, store, identity, device, inputs
     return Int8Model(*handles, [], by_name, fresh)
+
+
+def head_is_apart(config: Any, source: Source) -> bool:
+    """Whether the files have a head of their own although the config ties it, as an exported T5's may be."""
+    if is_classifier(config) or has_own_head(config):
+        return False
+    model = skeleton(copy.deepcopy(config))
+    return _head_is_apart(model, source, head_name(model))
 
 
 def outline(config: Any, source: Source) -> tuple[Any, str, bool]:
