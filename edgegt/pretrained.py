@@ -78,8 +78,8 @@ class Pretrained:
         patch.check_base(self.source.name, self.fingerprint)
         if patch.labels:
             raise InputError(
-                f"patch '{format_text(patch.path, None)}' is a classifier's, and language models alone can be exported "
-                "and merged yet: use it in its run folder"
+                f"patch '{format_text(patch.path, None)}' is a classifier's, which can be neither exported as a model "
+                "nor compared or merged over its base yet: use it in its run folder, or leave --model out"
             )
         for name in patch.names:
             if name not in self.shapes:
