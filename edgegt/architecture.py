@@ -180,6 +180,12 @@ def has_own_head(config: Any) -> bool:
     return getattr(config, "scale_decoder_outputs", None) is False
 
 
+def is_head_tied(model: Any) -> bool:
+    """Whether the head of a float language model is the embedding's matrix."""
+    tied: bool = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return tied
+
+
 def untie_head(model: Any) -> None:
     """Give the head a matrix of its own, like the one it has."""
     head = model.get_output_embeddings()

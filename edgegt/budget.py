@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from edgegt.cost import BatchShape, CostTable, Totals
+from edgegt.cost import BatchShape, CostTable, Totals, Work
 from edgegt.errors import BudgetError
 from edgegt.job import Schedule
 from edgegt.memory import Formats, Surroundings, always_bytes, fixed_terms, slack_bytes
@@ -83,14 +83,20 @@ class Need:
 
     def probe_bytes(self, shape: BatchShape, held_bytes: int = 0) -> int:
         """Peak of the importance pass: every block's input, and one block whole."""
-        inputs = 4 * self.table.width * shape.rows * shape.tokens * (self.table.blocks + 1)
+        state = 4 * self.table.width * shape.rows
+        inputs = state * shape.tokens * (self.table.blocks + 1)
+        if self.table.encoder_decoder:  # beside the layers' inputs what both stacks give
+            inputs = sum((layer.input_bytes for layer in self.table.layers), Work()).at(shape)
+            inputs += state * (shape.tokens + shape.kept)
         return self._peak(shape, held_bytes + inputs)
 
     def _peak(self, shape: BatchShape, kept: int) -> int:
         everything = (1 << len(self.table.weights)) - 1
         terms = fixed_terms(self.table, self.around, shape, self.vocabulary)
         terms["masters"] = always_bytes(self.table, False, Formats(states="float32"))
-        terms["block"] = self.table.saved_work(everything).at(shape) // max(1, self.table.blocks)
+        mean = self.table.saved_work(everything).at(shape) // max(1, self.table.blocks)
+        terms["block"] = max((self.table.layer_bytes(index).at(shape) for index in range(self.table.blocks)), default=0)
+        terms["block"] = max(terms["block"], mean)
         terms["kept"] = kept
         return sum(terms.values()) + slack_bytes(terms)
 

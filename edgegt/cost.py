@@ -141,6 +141,14 @@ class Weight:
             count *= size
         return count
 
+    def per_position(self, size: int) -> Work:
+        """So much for every position that the weight reads."""
+        if self.dw.kept:
+            return Work(kept=size)
+        if self.dw.decoder:
+            return Work(decoder=size)
+        return Work(token=size) if self.dw.token else Work(row=size)
+
 
 @dataclass(frozen=True)
 class Path:
@@ -207,6 +215,10 @@ class CostTable:
         """Elements of the largest matrix, of experts one's alone: bytes of one int8 plane of it."""
         return max(weight.numel // weight.experts for weight in self.weights if weight.kind != "vector")
 
+    def scored(self, shape: BatchShape) -> int:
+        """Positions of a row whose logits full fine-tuning computes: all, a decoder's, or the one of a class."""
+        return shape.kept if self.encoder_decoder or not self.head_size else shape.tokens
+
     def mask(self, selected: Iterable[str]) -> int:
         """Bit mask of the weights with these names. Raises KeyError for a name that is not in the table."""
         index = {weight.name: bit for bit, weight in enumerate(self.weights)}
@@ -214,6 +226,16 @@ class CostTable:
         for name in selected:
             mask |= 1 << index[name]
         return mask
+
+    def with_head_apart(self) -> CostTable:
+        """The table when the files have a head of its own although the config ties it to the embedding."""
+        (head,) = (weight for weight in self.weights if weight.kind == "head")
+        return replace(
+            self,
+            parameters=self.parameters + head.numel,
+            base_bytes=self.base_bytes + head.numel + 2 * head.shape[0],
+            float_bytes=self.float_bytes + 4 * head.numel,
+        )
 
     def with_head_rows(self, rows: int) -> CostTable:
         """The table when only this many rows of the head are trained.

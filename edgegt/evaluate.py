@@ -104,11 +104,13 @@ def answer(
 
     Of an encoder-decoder the answer to it. Prompts are padded on the left, an encoder's on the right.
 
-    A model that knows fewer positions answers more shortly (from LEAST_TOKENS on), and reads the prompt's end only.
+    A model that knows fewer positions answers more shortly (from LEAST_TOKENS on), and reads the prompt's end only; an
+    encoder its beginning and its last token, as in training (`data.pairs`).
     """
     positions, pairs = positions_of(model.config), is_encoder_decoder(model.config)
     if positions is not None and pairs:
         new_tokens = min(new_tokens, positions - 1)
+        prompts = [one if len(one) <= positions else (*one[: positions - 1], one[-1]) for one in prompts]
     elif positions is not None:
         longest = max(len(prompt) for prompt in prompts)
         new_tokens = min(new_tokens, max(LEAST_TOKENS, positions - longest), positions - 1)

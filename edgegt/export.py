@@ -113,7 +113,8 @@ def export_patch(
             items.append(Item.of(f"{name}|rows", rows))
     about = given.about
     tensors = {item.name: item for item in items}
-    save_patch(path, tensors, given.fingerprint, about.get("model", "?"), __version__, about.get("separator", ""))
+    origin = about.get("model", "?"), __version__, about.get("separator", ""), given.labels
+    save_patch(path, tensors, given.fingerprint, *origin)
     if rounding.lost:
         log.say(f"trained tensors rounded to {dtype}: {rounding.of_values:.3%} of their norm is lost")
     log.say(f"{len(given.names)} trained tensors, {format_bytes(path.stat().st_size)}")

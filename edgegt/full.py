@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from edgegt.architecture import auto_class, is_classifier, is_transposed, matrix_shape
+from edgegt.architecture import (
+    auto_class,
+    has_own_head,
+    is_classifier,
+    is_head_tied,
+    is_transposed,
+    matrix_shape,
+    untie_head,
+)
 from edgegt.attention import register_attention
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Saved
@@ -64,6 +72,9 @@ class FloatTrainee:
             **(classes if is_classifier(setup.config) else {}),
         ).to(setup.device).eval()  # fmt: skip
         begin_fresh(self.module, setup.device)
+        # transformers ties a head whose values equal the embedding's; an architecture with its own never shares it.
+        if has_own_head(self.module.config) and is_head_tied(self.module):
+            untie_head(self.module)
         self.meter = FlopMeter()
         attach(self.module, self.meter)
         self.fingerprint = fingerprint(setup.source, cache_dir() / "fingerprints.json")
@@ -263,8 +274,8 @@ def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:
     table, rows = setup.need.table, min(micro_batch, setup.options.batch_size)
     shape = worst_shape(table, setup.schedule.shapes, rows, setup.need.vocabulary)
     everything = (1 << len(table.weights)) - 1
-    inputs = {weight.stage: _input_bytes(weight) for weight in table.weights if weight.kind == "linear"}
-    kept = table.saved_work(everything) + Work(token=sum(inputs.values()))
+    inputs = {weight.stage: _inputs_kept(weight) for weight in table.weights if weight.kind == "linear"}
+    kept = table.saved_work(everything) + sum(inputs.values(), Work())
     largest_weight = max(weight.numel for weight in table.weights)
     terms = {
         "floor": setup.need.floor_bytes,
@@ -273,21 +284,21 @@ def full_terms(setup: Setup, micro_batch: int) -> dict[str, int]:
         "optimizer": 2 * table.float_bytes,
         "gradients": table.float_bytes if rows < setup.options.batch_size else 3 * 4 * largest_weight,
         "activations": kept.at(shape),
-        "logits": _LOGIT_BYTES * shape.rows * shape.tokens * setup.need.vocabulary,
+        "logits": _LOGIT_BYTES * shape.rows * table.scored(shape) * setup.need.vocabulary,
         "transient": table.widest.at(shape),
     }
     terms["slack"] = slack_bytes(terms)
     return terms
 
 
-def _input_bytes(weight: Weight) -> int:
-    """Bytes per token that a linear keeps here of its input, more than in int8.
+def _inputs_kept(weight: Weight) -> Work:
+    """Bytes that a linear keeps here of its input, more than in int8, at every position that it reads.
 
     transformers' experts copy a token for each expert, and keep what is between and after their products as well.
     """
-    if weight.experts == 1:
-        return 3 * weight.shape[1]
-    return 7 * weight.shape[1] * (weight.dw.token * weight.experts // (2 * weight.numel))
+    if weight.experts > 1:
+        return Work(token=7 * weight.shape[1] * (weight.dw.token * weight.experts // (2 * weight.numel)))
+    return weight.per_position(3 * weight.shape[1])
 
 
 def _everywhere(batch: Batch) -> Batch:

@@ -59,7 +59,7 @@ def _bad_weights(text: str, count: int) -> InputError:
 
 
 def check_one_base(patches: Sequence[Patch], base: Pretrained | None) -> None:
-    """Raises: InputError when the patches are not of one base, or not of this one."""
+    """Raises: InputError when the patches are not of one base and task, or not of this base."""
     first = patches[0]
     for other in patches[1:]:
         if other.fingerprint != first.fingerprint:
@@ -67,9 +67,18 @@ def check_one_base(patches: Sequence[Patch], base: Pretrained | None) -> None:
                 f"patches '{first.path}' (base {first.fingerprint[:12]}) and '{other.path}' (base "
                 f"{other.fingerprint[:12]}) were trained on different bases: give patches of one base"
             )
+        if other.labels != first.labels:
+            raise InputError(
+                f"patches '{first.path}' ({_task(first)}) and '{other.path}' ({_task(other)}) were trained for "
+                "different tasks: give patches of one task"
+            )
     if base is not None:
         for patch in patches:
             base.check(patch)
+
+
+def _task(patch: Patch) -> str:
+    return f"the classes {format_text(', '.join(patch.labels))}" if patch.labels else "answers in words"
 
 
 def merge(patches: Sequence[Patch], shares: Sequence[float], base: Pretrained | None, output: Path) -> list[str]:
@@ -90,7 +99,8 @@ def merge(patches: Sequence[Patch], shares: Sequence[float], base: Pretrained | 
             items.append(Item.of(rows_name(name), extent.rows))
     about = patches[0].about
     given = {item.name: item for item in items}
-    save_patch(output, given, about["fingerprint"], about.get("model", "?"), __version__, about.get("separator", ""))
+    origin = about.get("model", "?"), __version__, about.get("separator", ""), patches[0].labels
+    save_patch(output, given, about["fingerprint"], *origin)
     return names
 
 

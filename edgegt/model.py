@@ -21,7 +21,9 @@ from edgegt.architecture import (
     block_in,
     has_own_head,
     head_name,
+    is_classifier,
     is_experts,
+    is_head_tied,
     is_int8,
     is_linear,
     is_lookup,
@@ -153,6 +155,14 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
     return Int8Model(*handles, [], by_name, fresh)
 
 
+def head_is_apart(config: Any, source: Source) -> bool:
+    """Whether the files have a head of their own although the config ties it, as an exported T5's may be."""
+    if is_classifier(config) or has_own_head(config):
+        return False
+    model = skeleton(copy.deepcopy(config))
+    return _head_is_apart(model, source, head_name(model))
+
+
 def outline(config: Any, source: Source) -> tuple[Any, str, bool]:
     """The skeleton, its head apart where the files have it so; the head's name, and whether it is the embedding's.
 
@@ -162,7 +172,7 @@ def outline(config: Any, source: Source) -> tuple[Any, str, bool]:
     head = head_name(model)
     if head and _head_is_apart(model, source, head):
         untie_head(model)
-    return model, head, bool(head) and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return model, head, bool(head) and is_head_tied(model)
 
 
 def skeleton(config: Any) -> Any:
@@ -196,7 +206,7 @@ class _NoMatrices(TorchFunctionMode):
 def _head_is_apart(model: Any, source: Source, head: str) -> bool:
     """Whether the files have a head of their own where the architecture ties it, as transformers sees it too."""
     embedding = model.get_input_embeddings()
-    if model.get_output_embeddings().weight is not embedding.weight:
+    if not is_head_tied(model):
         return False
     stored = pieces_of(model, source.files).found
     own, shared = stored.get(head), stored.get(_name_of(model, embedding))

@@ -83,7 +83,8 @@ def prospect(options: RunOptions, log: Log) -> Prospect:
     """`look_ahead`, with the problem and the plan."""
     from edgegt import home
     from edgegt.classifier import check_writes
-    from edgegt.source import read_config
+    from edgegt.model import head_is_apart
+    from edgegt.source import open_source, read_config, stored_names
     from edgegt.trace import trace
 
     if options.strategy == "full":
@@ -104,6 +105,9 @@ def prospect(options: RunOptions, log: Log) -> Prospect:
         options = within_positions(options, positions_of(config))
         batches = batches_of(options, name, config)
     table = trace(config, causal=resolved.profile.kind not in ON_GPU)
+    has_files = getattr(config, "text_config", None) is None and stored_names(name) is not None
+    if has_files and head_is_apart(config, open_source(name)):
+        table = table.with_head_apart()
     return prospect_of(options, resolved, memory_bytes, table, config, name, batches)
 
 

@@ -76,6 +76,11 @@ class Patch:
     def fingerprint(self) -> str:
         return self.about["fingerprint"]
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes of a classifier's patch, none of a language model's. Raises: InputError as `patch_labels`."""
+        return patch_labels(self.path, self.about)
+
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored. Raises: KeyError when the patch lacks it, InputError when it cannot be read."""
         from safetensors import SafetensorError, safe_open

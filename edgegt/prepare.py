@@ -174,7 +174,7 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
     kernels = choose_kernels(device, log, decided.backend if decided else None)
     if decided is not None and kernels.backend.name != decided.backend:
         _check_states(decided, kernels.backend.name)
-    table = _trace(config, kernels.backend.kernels is not None)
+    table = _trace(config, source, kernels.backend.kernels is not None)
     _use_everything_once(kernels, device)
     if decided is None:
         eight_bit = eight_bit_states(kernels, device, log)
@@ -371,7 +371,9 @@ def _write_a_checkpoint_once(weight: torch.Tensor) -> None:
         checkpoints.finish()
 
 
-def _trace(config: Any, causal: bool) -> Any:
+def _trace(config: Any, source: Source, causal: bool) -> CostTable:
+    from edgegt.model import head_is_apart
     from edgegt.trace import trace
 
-    return trace(config, causal=causal)
+    table = trace(config, causal=causal)
+    return table.with_head_apart() if head_is_apart(config, source) else table

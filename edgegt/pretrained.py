@@ -16,7 +16,7 @@ from edgegt.architecture import is_linear, is_transposed, matrix_shape
 from edgegt.cache import cache_dir
 from edgegt.errors import InputError
 from edgegt.model import names_in_files, outline, skeleton
-from edgegt.patch import Patch, patch_labels
+from edgegt.patch import Patch
 from edgegt.quant import index_fault
 from edgegt.source import Source, fingerprint, open_source, read_config
 from edgegt.units import format_text
@@ -76,10 +76,10 @@ class Pretrained:
     def check(self, patch: Patch) -> None:
         """Whether this patch is one of this base, by fingerprint, names, shapes and rows. Raises: InputError."""
         patch.check_base(self.source.name, self.fingerprint)
-        if patch_labels(patch.path, patch.about):
+        if patch.labels:
             raise InputError(
-                f"patch '{format_text(patch.path, None)}' is a classifier's, and language models alone can be exported "
-                "and merged yet: use it in its run folder"
+                f"patch '{format_text(patch.path, None)}' is a classifier's, which can be neither exported as a model "
+                "nor compared or merged over its base yet: use it in its run folder, or leave --model out"
             )
         for name in patch.names:
             if name not in self.shapes:
@@ -141,11 +141,11 @@ def can_untie(base: Pretrained, tree: Mapping[str, Any]) -> bool:
     """
     from transformers import AutoConfig
 
-    from edgegt.architecture import untie_head
+    from edgegt.architecture import is_head_tied, untie_head
 
     changed = {key: value for key, value in tree.items() if key != "model_type"} | {"tie_word_embeddings": False}
     parted, kept = skeleton(AutoConfig.for_model(tree["model_type"], **changed)), skeleton(base.config)
-    if parted.get_output_embeddings().weight is parted.get_input_embeddings().weight:
+    if is_head_tied(parted):
         return False
     untie_head(kept)
     return [name for name, _ in parted.named_parameters()] == [name for name, _ in kept.named_parameters()]

@@ -127,8 +127,7 @@ class Rates:
 
     def full_step_s(self, table: CostTable, shape: BatchShape) -> float:
         """Seconds of one step of full fine-tuning, all of it in float32 and the head on every position."""
-        scored = shape.kept if table.encoder_decoder else shape.tokens
-        everywhere = Totals.of([BatchShape(shape.rows, shape.tokens, scored)])
+        everywhere = Totals.of([BatchShape(shape.rows, shape.tokens, table.scored(shape))])
         work = table.full_work().over(Totals.of([shape]))
         attention = table.full_work().attention.over(Totals.of([shape]))
         kept = _kept(table, Totals.of([shape]))

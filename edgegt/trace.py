@@ -245,17 +245,8 @@ def _stage_inputs(
             size = weight.shape[1] + _TOKEN_SCALE_BYTES
             size *= routed[weight.name].inputs if weight.name in routed else 1
             layer = weight.block if weight.block < blocks else NO_LAYER
-            inputs[weight.stage] = layer, _per_position(weight, size)
+            inputs[weight.stage] = layer, weight.per_position(size)
     return [(mask, inputs[stage][0], Work(), inputs[stage][1]) for stage, mask in stages.items()]
-
-
-def _per_position(weight: Weight, size: int) -> Work:
-    """So much for every position that the weight reads."""
-    if weight.dw.kept:
-        return Work(kept=size)
-    if weight.dw.decoder:
-        return Work(decoder=size)
-    return Work(token=size) if weight.dw.token else Work(row=size)
 
 
 def _merge(terms: list[tuple[int, int, Work, Work]]) -> tuple[Path, ...]:

@@ -22,9 +22,13 @@ from edgegt.cli import main
 from edgegt.errors import InputError
 from edgegt.export import export_model, export_patch
 from edgegt.log import Log
+from edgegt.model import head_is_apart
+from edgegt.options import RunOptions
+from edgegt.outlook import look_ahead
 from edgegt.patch import apply_patch, open_patch, read_patch, save_patch
 from edgegt.pretrained import open_pretrained
-from edgegt.source import Source
+from edgegt.source import Source, open_source, read_config
+from edgegt.trace import trace
 from tiny_models import EVERY, FAMILIES, MIXTURES, batch_of, load, logits_of, save_model, start_of
 
 LISTED = ["llama", "llama-untied", "gpt2", "opt", "qwen2", "gemma2", "bloom", "gpt-neox", "t5", "flan-t5", "bart"]
@@ -621,3 +625,25 @@ def test_a_classifiers_patch_is_refused(tmp_path: Path) -> None:
     save_patch(patch, tensors, base.fingerprint, "model", "0", labels=("no", "yes"))
     with pytest.raises(InputError, match="is a classifier's"):
         export_model(None, str(folder), str(patch), str(tmp_path / "out"), log=QUIET)
+
+
+def test_a_classifiers_patch_keeps_its_classes_in_another_dtype(tmp_path: Path) -> None:
+    labels = ("no", "yes, very")
+    save_patch(tmp_path / "p", {"score.weight": torch.ones(2, 64)}, "f" * 64, "model", "0", labels=labels)
+    path = export_patch(None, str(tmp_path / "p"), str(tmp_path / "out"), "bfloat16", log=QUIET)
+    assert open_patch(path).labels == labels
+
+
+def test_a_tied_model_whose_head_was_trained_is_counted_with_it(tmp_path: Path) -> None:
+    """T5's config cannot say that the head is apart; a run and a plan with the exported model know it all the same."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    save_model(folder, EVERY["t5"]())
+    tied, alone = open_pretrained(str(folder)), trace(EVERY["t5"]())
+    export_model(None, str(folder), str(make_patch(folder, [tied.head])), str(out), log=QUIET)
+    config, source = read_config(str(out)), open_source(str(out))
+    assert head_is_apart(config, source) and not head_is_apart(config, open_source(str(folder)))
+    table, head = trace(config).with_head_apart(), load(out, tmp_path / "cache").linears[tied.head]
+    assert table.base_bytes - alone.base_bytes == head.weight.nbytes
+    assert (table.parameters - alone.parameters) * 4 == table.float_bytes - alone.float_bytes == 4 * 320 * 64
+    planned = [look_ahead(RunOptions(device="jetson", model=str(place)), QUIET) for place in (folder, out)]
+    assert [plan["model"]["parameters"] for plan in planned] == [alone.parameters, table.parameters]

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import runs
+from edgegt import home
+from edgegt.budget import Need
 from edgegt.cli import main
+from edgegt.cost import BatchShape
 from edgegt.errors import InputError
-from edgegt.full import whole_patch
+from edgegt.full import full_terms, whole_patch
+from edgegt.job import Schedule
 from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
-from edgegt.patch import apply_patch, save_patch
+from edgegt.options import RunOptions
+from edgegt.patch import apply_patch, open_patch, save_patch
+from edgegt.trace import trace
 from edgegt.use import load_subject
-from tiny_models import CPU, EVERY, FAMILIES, batch_of, load, logits_of, save_model, start_of
+from tiny_models import CPU, EVERY, FAMILIES, VOCABULARY, batch_of, float_model, load, logits_of, save_model, start_of
 
 
 def trained(model: Any, start: int | None = None) -> Any:
@@ -95,3 +102,63 @@ def test_a_full_run_is_evaluated_and_asked_like_any_other(
     (folder / "run.json").write_text("{}")
     assert main(["eval", str(folder)]) == 2
     assert "run.json is damaged (no 'model')" in capsys.readouterr().err
+
+
+def saved_bytes(model: Any, read: int, written: int) -> int:
+    """What autograd keeps of 2 rows, weights aside, with their logits."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = [torch.randint(3, VOCABULARY, (2, length)) for length in (read, written)]
+        model(input_ids=ids[0], decoder_input_ids=ids[1], use_cache=False).logits.logsumexp(-1).sum()
+    return sum(storage.nbytes() for storage in held.values())
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_memory_follows_both_sides_of_an_encoder_decoder(family: str) -> None:
+    """Long answers to short prompts need their room, and long prompts with short answers no room for logits."""
+    config = EVERY[family]()
+    table, model = trace(config), float_model(config, None)
+    for read, written in ((8, 100), (100, 8)):
+        shape = BatchShape(2, read, written)
+        need = Need(table, 0, VOCABULARY, shape)
+        setup: Any = SimpleNamespace(
+            need=need, options=RunOptions(batch_size=2), schedule=Schedule(((0.0, (0, 1)),), (shape,), (1,))
+        )
+        terms = full_terms(setup, 2)
+        measured = saved_bytes(model, read, written)
+        assert 0.9 * measured < terms["activations"] + terms["logits"] < 3 * measured
+        assert terms["logits"] == 12 * 2 * written * VOCABULARY
+        inputs = sum(layer.input_bytes.at(shape) for layer in table.layers)
+        block = max(table.layer_bytes(index).at(shape) for index in range(table.blocks))
+        assert need.probe_bytes(shape) > inputs + block
+
+
+def test_a_head_of_its_own_is_trained_apart_even_where_it_equals_the_embedding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would tie FLAN-T5's then, and the patch would lack what the int8 model has apart."""
+    config = EVERY["flan-t5"]()
+    config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = 1024, 0, 1, 2
+    save_model(tmp_path / "model", config)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((home.MODEL / name).read_bytes())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(home.TRAIN.read_text(encoding="utf-8").splitlines(keepends=True)[:40]), encoding="utf-8")
+    words = ["run", "--device", "jetson", "--model", str(tmp_path / "model"), "--data", str(rows), "--steps", "3"]
+    words += ["--strategy", "full", "--memory", "2GiB", "--output", str(tmp_path / "run"), "--no-examples", "--quiet"]
+    assert main(words) == 0
+    patch = open_patch(tmp_path / "run" / "patch.safetensors")
+    assert {"lm_head.weight", "shared.weight"} <= set(patch.names)
+    assert not torch.equal(patch.values("lm_head.weight"), patch.values("shared.weight"))
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    after = runs.read(tmp_path / "run", "eval.json")["after"]["loss"]
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(after, rel=0.01)

@@ -181,6 +181,19 @@ def test_patches_that_do_not_fit_each_other_are_refused(base: Pretrained, tmp_pa
                 compare(open_patch(one), open_patch(two), None)
 
 
+def test_classes_are_kept_and_patches_of_different_tasks_are_refused(base: Pretrained, tmp_path: Path) -> None:
+    paths = [tmp_path / str(number) for number in range(4)]
+    for path, labels in zip(paths, ((), ("no", "yes"), ("no", "yes"), ("yes", "no")), strict=True):
+        save_patch(path, {"score.weight": torch.ones(2, 64)}, base.fingerprint, "model", "0", labels=labels)
+    merged(paths[1:3], None)
+    assert open_patch(tmp_path / "merged").labels == ("no", "yes")
+    for other in (paths[0], paths[3]):
+        with pytest.raises(InputError, match="different tasks"):
+            merged([paths[1], other], None)
+        with pytest.raises(InputError, match="different tasks"):
+            compare(open_patch(paths[1]), open_patch(other), None)
+
+
 def test_rows_that_nothing_has_in_common_are_not_the_same(base: Pretrained, tmp_path: Path) -> None:
     rows = torch.tensor([3, 5, 9]), torch.tensor([7]), torch.tensor([3, 5])
     one, other, part = (patch(base, tmp_path / str(n), n, head=index) for n, index in enumerate(rows))
