@@ -76,7 +76,12 @@ class Need:
         return self._peak(replace(self.held_out, rows=rows), held_bytes)
 
     def answer_bytes(self, rows: int, held_bytes: int = 0) -> int:
-        """Peak of generating for this many prompts: only the last position reaches the head, keys and values stay."""
+        """Peak of generating for this many prompts: only the last position reaches the head, keys and values stay.
+
+        A classifier writes nothing: it says a class as it does in evaluation.
+        """
+        if not self.table.head_size:
+            return self.evaluation_bytes(rows, held_bytes)
         shape = replace(self.held_out, rows=rows, kept=1)
         cached = 2 * 4 * self.table.width * self.table.blocks * rows * (shape.tokens + ANSWER_TOKENS)
         return self._peak(shape, held_bytes + cached)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForMaskedLM
 
 from edgegt.architecture import all_layers, outputs_of
+from edgegt.budget import Need
 from edgegt.classifier import (
     as_classifier,
     classifier_positions,
@@ -353,3 +354,9 @@ def test_rows_as_long_as_the_model_has_positions_run(family: str, tmp_path: Path
     batch = collate(rows, config.pad_token_id)
     assert batch.shape.tokens == length
     assert bool(torch.isfinite(class_logits(model.module, batch, CPU)).all())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_no_room_is_kept_for_answers_that_a_classifier_does_not_write(family: str) -> None:
+    need = Need(trace(config_of(family)), 0, len(LABELS), BatchShape(1, 64, 1))
+    assert need.answer_bytes(4, 1000) == need.evaluation_bytes(4, 1000)
