@@ -145,7 +145,7 @@ def classified_batches(options: RunOptions, model: str, config: Any) -> tuple[An
     reading, stored = reading_of(config), stored_names(model)
     options = within_positions(options, classifier_positions(config))
     if options.data is not None:
-        corpus = read_corpus(options, load_tokenizer(locate(model, weights=False)), None, reading)
+        corpus = read_corpus(options, load_tokenizer(locate(model, weights=False), False), None, reading)
         schedule = make_schedule(options, corpus.train)
         words = (
             f"{corpus.name} ({corpus.format}, {corpus.layout}, {len(corpus.labels)} classes): {schedule.steps} steps"

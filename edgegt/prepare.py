@@ -150,12 +150,12 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
         log.say(f"device: {resolved.notice}")
     config = read_config(name)
     source = open_source(name)
-    tokenizer = load_tokenizer(source.directory)
     given, reading, positions = options.max_length, None, positions_of(config)
     if options.classifies:
         reading, positions = reading_of(config), classifier_positions(config)
     else:
         check_writes(config)
+    tokenizer = load_tokenizer(source.directory, not options.classifies)
     options = within_positions(options, positions)
     corpus = read_corpus(options, tokenizer, None if reading else decoder_start(config), reading)
     if options.max_length < given and corpus.reports[0].cut:

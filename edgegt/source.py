@@ -260,8 +260,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The model's own tokenizer. Raises: InputError when the folder has none."""
+def load_tokenizer(directory: Path, writes: bool = True) -> Any:
+    """The model's own tokenizer. writes: it must have an end-of-text token, which a BERT's has not.
+
+    Raises: InputError when the folder has none.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -270,7 +273,7 @@ def load_tokenizer(directory: Path) -> Any:
         raise InputError(
             f"'{directory}' has no usable tokenizer ({_first_line(error)[:120]}): add tokenizer.json to it"
         ) from error
-    if tokenizer.eos_token_id is None:
+    if writes and tokenizer.eos_token_id is None:
         remedy = "set eos_token in tokenizer_config.json"
         raise InputError(f"the tokenizer in '{directory}' has no end-of-text token: {remedy}")
     return tokenizer

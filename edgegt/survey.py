@@ -33,8 +33,10 @@ def survey(options: RunOptions) -> Tree:
     if options.model is None:
         raise InputError("`edgegt data` needs --model: what is learned depends on its tokenizer and chat template")
     sources = read_sources(options)
-    tokenizer = load_tokenizer(locate(options.model, weights=False))
     config = read_config(options.model, for_run=False)
+    if not options.classifies:
+        check_writes(config)
+    tokenizer = load_tokenizer(locate(options.model, weights=False), not options.classifies)
     if options.classifies:
         fitting = within_positions(options, classifier_positions(config))
         reading = reading_of(config)
@@ -42,7 +44,6 @@ def survey(options: RunOptions) -> Tree:
         made = [labelled(source.rows, tokenizer, fitting.max_length, classes, reading) for source in sources]
         sides = [_side(source, tokenizer, *one) for source, one in zip(sources, made, strict=True)]
         return {"model": options.model, "max_length": fitting.max_length, "files": sides}
-    check_writes(config)
     fitting = within_positions(options, positions_of(config))
     start, most, skip = decoder_start(config), fitting.max_length, options.skip_bad_rows
     sides = [_side(source, tokenizer, *tokenize(source.rows, tokenizer, most, skip, start)) for source in sources]

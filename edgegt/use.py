@@ -104,7 +104,7 @@ def _loaded(name: str, patch: Path | None, options: RunOptions | None, separator
     if patch is not None:
         about = apply_patch(model, patch)
         separator = about.get("separator", "") if separator is None else separator
-    return Subject(model.module, load_tokenizer(source.directory), device, options, separator or "", labels)
+    return Subject(model.module, load_tokenizer(source.directory, not labels), device, options, separator or "", labels)
 
 
 def generate_text(run: str | None, model: str | None, patch: str | None, prompt: str, tokens: int | None) -> str:

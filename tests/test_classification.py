@@ -67,6 +67,10 @@ def write_model(folder: Path, family: str, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((home.MODEL / name).read_bytes())
+    if family == "bert":  # a BERT's tokenizer has no end-of-text token
+        about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        about |= {"eos_token": None, "pad_token": "<pad>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
     return folder
 
 
@@ -195,7 +199,7 @@ def test_the_reloaded_model_computes_what_the_float_model_with_the_same_tensors_
     subject = load_subject(str(trained.folder), None, None)
     rows = read_rows(Path(str(trained.options.eval_data)), None, layout="classification").rows[:6]
     assert subject.reading is not None
-    batch = collate(labelled(rows, load_tokenizer(Path(trained.where)), 64, labels, subject.reading)[0], 2)
+    batch = collate(labelled(rows, load_tokenizer(Path(trained.where), False), 64, labels, subject.reading)[0], 2)
     reference = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
