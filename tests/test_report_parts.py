@@ -26,9 +26,19 @@ def test_the_grid_finds_layers_and_kinds_in_the_names_of_every_family() -> None:
     assert place("gpt_neox.layers.0.mlp.dense_h_to_4h.weight") == ("0", "mlp.dense_h_to_4h")
     assert place("model.layers.3.mlp.experts.5.w1.weight") == ("3", "mlp.experts.*.w1")
     assert place("lm_head.weight") == ("lm_head", "")
+    assert place("encoder.block.2.layer.0.SelfAttention.q.weight", True) == ("encoder 2", "layer.*.SelfAttention.q")
+    assert place("decoder.final_layer_norm.weight", True) == ("decoder norm", "")
     columns = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     assert short_labels(columns) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
     assert short_labels(["attention.output.dense", "output.dense"]) == ["attention.output.dense", "output.dense"]
+
+
+def test_an_encoders_layers_and_a_decoders_are_rows_apart() -> None:
+    names = ["encoder.block.0.o.weight", "decoder.block.0.o.weight", "decoder.block.1.o.weight", "lm_head.weight"]
+    found = [{"name": name, "kind": "linear", "block": block} for block, name in enumerate(names)]
+    assert lay_out([{"candidates": found}]).rows == ("lm_head", "decoder 1", "decoder 0", "encoder 0")
+    alone = [{"name": "model.decoder.layers.0.fc1.weight", "kind": "linear", "block": 0}]  # OPT has a decoder only
+    assert lay_out([{"candidates": alone}]).rows == ("0",)
 
 
 def test_the_grid_goes_from_the_loss_down_with_matrices_first() -> None:

@@ -34,15 +34,22 @@ class Grid:
     places: Mapping[str, Place]
 
 
-def place(name: str) -> Place:
-    """Row and column of a tensor: ('7', 'self_attn.q_proj'), ('lm_head', '')."""
+STACKS = ("encoder", "decoder")
+
+
+def place(name: str, stacks: bool = False) -> Place:
+    """Row and column of a tensor: ('7', 'self_attn.q_proj'), ('lm_head', '').
+
+    stacks: the model has two, and rows say which: ('encoder 7', ...), ('decoder norm', '').
+    """
     parts = name.split(".")
+    stack = next((f"{part} " for part in parts if part in STACKS), "") if stacks else ""
     if parts[-1] in ("weight", "bias"):
         parts = [*parts[:-2], f"{parts[-2]} bias"] if parts[-1] == "bias" and len(parts) > 1 else parts[:-1]
     for index, part in enumerate(parts[:-1]):
         if part.isdigit():
-            return part, ".".join("*" if inner.isdigit() else inner for inner in parts[index + 1 :])
-    return parts[-1], ""
+            return stack + part, ".".join("*" if inner.isdigit() else inner for inner in parts[index + 1 :])
+    return f"{stack}norm" if stack and "norm" in parts[-1] else parts[-1], ""
 
 
 def short_labels(columns: Sequence[str]) -> list[str]:
@@ -64,9 +71,11 @@ def lay_out(plans: Sequence[Mapping[str, Any]]) -> Grid:
     blocks: dict[str, int] = {}
     columns: dict[str, bool] = {}
     places: dict[str, Place] = {}
-    for candidate in (candidate for plan in plans for candidate in plan.get("candidates") or ()):
+    every = [candidate for plan in plans for candidate in plan.get("candidates") or ()]
+    stacks = all(any(stack in str(one["name"]).split(".") for one in every) for stack in STACKS)
+    for candidate in every:
         name = str(candidate["name"])
-        row, column = places[name] = place(name)
+        row, column = places[name] = place(name, stacks)
         blocks[row] = int(candidate.get("block", row if column else -1))
         if column:
             columns.setdefault(column, candidate.get("kind") == "vector")
@@ -102,9 +111,10 @@ def draw_tensors(plans: Sequence[Mapping[str, Any]]) -> str | None:
 def _label(axes: Axes, grid: Grid, row_height: float, flat: bool) -> None:
     every = 1 if row_height > 12 else 4
     for index, row in enumerate(grid.rows):
-        if row.isdigit() and int(row) % every and len(grid.rows) > 1:
+        number = row.rpartition(" ")[2]
+        if number.isdigit() and int(number) % every and len(grid.rows) > 1:
             continue
-        text, colour = (f"layer {row}", MUTED) if row.isdigit() else (row, INK)
+        text, colour = (f"layer {row}" if row == number else row, MUTED) if number.isdigit() else (row, INK)
         axes.text(-10, (index + 0.5) * row_height, text, ha="right", va="center_baseline", color=colour, fontsize=11)
     width = axes.get_xlim()[1] / max(1, len(grid.columns))
     for index, label in enumerate(short_labels(grid.columns)):
