@@ -15,7 +15,10 @@ from edgegt.version import __version__
 
 @dataclass
 class Exported:
-    """What became of a model folder. tensors: the trained ones; left_out: files of the base that were not copied."""
+    """What became of a model folder. tensors: the trained ones; left_out: files of the base that were not copied.
+
+    library: what reads it.
+    """
 
     tensors: list[str]
     dtype: str
@@ -23,6 +26,7 @@ class Exported:
     files: list[str]
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    library: str = "transformers"
 
 
 def model_card(name: str, patch: Patch, run: RunFolder | None, done: Exported) -> str:
@@ -34,7 +38,7 @@ def model_card(name: str, patch: Patch, run: RunFolder | None, done: Exported) -
         *(_facts_of_run(run) if run is not None else ()),
     ]
     return "\n".join([
-        "---", "library_name: transformers", "tags:", "- edgegt", "---", "",
+        "---", f"library_name: {done.library}", "tags:", "- edgegt", "---", "",
         f"# {format_text(name)}, fine-tuned", "",
         f"Made by `edgegt export` (edgegt {__version__}) from a pretrained model and the tensors that were trained "
         "over it.", "",

@@ -136,26 +136,34 @@ def export_model(
     log = log or Log()
     _check_dtype(dtype, MODEL_DTYPES)
     given = subject_patch(run, patch)
-    base = open_pretrained(_base_of(run, model))
+    base = open_pretrained(base_of(run, model))
     base.check(given)
-    path = _new_folder(output, force, (base.source.directory, given.path))
-    for left in sorted(path.parent.glob(f".{escape(path.name)}.*")):
-        if left.suffix in (".tmp", ".old"):
-            log.say(f"note: '{left}' is of an export that still runs, or was killed: delete it in that case")
+    path = new_folder(output, force, (base.source.directory, given.path), log)
     with replacing_folder(path) as partly:
         done = _write_model(base, given, partly, dtype)
-        folder = None if run is None else RunFolder(Path(run))
-        write_text(partly / _CARD, model_card(base.source.name, given, folder, done))
+        write_card(base, given, run, partly, done)
+    say_what_was_done(done, log)
+    return path
+
+
+def write_card(base: Pretrained, patch: Patch, run: str | None, folder: Path, done: Exported) -> None:
+    """The folder's README.md."""
+    about = None if run is None else RunFolder(Path(run))
+    write_text(folder / _CARD, model_card(base.source.name, patch, about, done))
+
+
+def say_what_was_done(done: Exported, log: Log) -> None:
+    """What a person should know of an exported folder."""
     for note in done.notes:
         log.say(note)
     if done.left_out:
         log.say(f"left out, of the base's folder: {', '.join(format_text(name) for name in done.left_out)}")
     trained = f"{len(done.tensors)} trained tensors in {format_bytes(done.total_bytes)} of weights"
     log.say(f"{trained}, {len(done.files)} file(s), {done.dtype}")
-    return path
 
 
-def _base_of(run: str | None, model: str | None) -> str:
+def base_of(run: str | None, model: str | None) -> str:
+    """Where the base lies: --model, or where the run had it. Raises: InputError."""
     if model is not None:
         return model
     if run is None:
@@ -184,12 +192,17 @@ def new_file(output: str, force: bool) -> Path:
     return path
 
 
-def _new_folder(output: str, force: bool, kept: Iterable[Path]) -> Path:
+def new_folder(output: str, force: bool, kept: Iterable[Path], log: Log) -> Path:
     """Where a folder is to be written. `force` replaces a model's folder, unless anything to be kept lies in it.
+
+    What an export that was killed left beside it is said.
 
     Raises: InputError.
     """
     path, shown = Path(os.path.abspath(Path(output).expanduser())), format_text(output, None)
+    for left in sorted(path.parent.glob(f".{escape(path.name)}.*")):
+        if left.suffix in (".tmp", ".old"):
+            log.say(f"note: '{left}' is of an export that still runs, or was killed: delete it in that case")
     if not os.path.lexists(path):
         return path
     if not force:
@@ -221,8 +234,8 @@ def _write_model(base: Pretrained, patch: Patch, folder: Path, dtype: str | None
     kinds = sorted({str(item.dtype).removeprefix("torch.") for item in items if item.dtype.is_floating_point})
     done = Exported(patch.names, " and ".join(kinds), sum(sizes.values()), list(plan.filename_to_tensors))
     _say_what_is_lost(done, trained, others, dtype)
-    _write_config(base, patch, folder, dtype, done)
-    done.left_out = _copy_beside(base.source.directory, {path.name for path in base.source.files.values()}, folder)
+    write_config(base, patch, folder, dtype, done)
+    done.left_out = copy_beside(base.source.directory, {path.name for path in base.source.files.values()}, folder)
     return done
 
 
@@ -328,7 +341,7 @@ def _say_what_is_lost(done: Exported, trained: Rounding, others: Rounding, dtype
         done.notes.append(f"the base's tensors rounded to {kind}: {others.of_values:.3%} of their norm is lost")
 
 
-def _write_config(base: Pretrained, patch: Patch, folder: Path, dtype: str | None, done: Exported) -> None:
+def write_config(base: Pretrained, patch: Patch, folder: Path, dtype: str | None, done: Exported) -> None:
     """config.json as it is, but for the dtype, and for a head that is not the embedding's any more."""
     from edgegt.pretrained import can_untie
 
@@ -351,7 +364,7 @@ def _write_config(base: Pretrained, patch: Patch, folder: Path, dtype: str | Non
         shutil.copyfile(origin, folder / "config.json")
 
 
-def _copy_beside(origin: Path, weights: Collection[str], folder: Path) -> list[str]:
+def copy_beside(origin: Path, weights: Collection[str], folder: Path) -> list[str]:
     """Copy tokenizer, templates, generation config and licences as they are; returns what else is not hidden there."""
     left_out = []
     for path in sorted(origin.iterdir()):

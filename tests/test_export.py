@@ -337,7 +337,7 @@ def test_a_failing_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
     def full(*given: object) -> list[str]:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(edgegt.export, "_copy_beside", full)
+    monkeypatch.setattr(edgegt.export, "copy_beside", full)
     assert main(["export", "--to", "hf", "--model", str(folder), "--patch", str(patch), "--output", str(out),
                  "--force"]) == 1  # fmt: skip
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

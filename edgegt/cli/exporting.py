@@ -17,13 +17,17 @@ def add_export(commands: Any, name: str) -> None:
     about = "write a trained model for transformers, or its patch as a file"
     parser = commands.add_parser(name, help=about, prog="edgegt export")
     parser.add_argument("run", nargs="?", help="run folder")
-    parser.add_argument("--to", choices=("hf", "patch"), required=True, help="a model folder, or the trained tensors")
+    parser.add_argument(
+        "--to", choices=("hf", "onnx", "patch"), required=True,
+        help="a model folder for transformers, one with ONNX files, or the trained tensors",
+    )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="PATH", help="the folder, or the file, to write")
     parser.add_argument("--model", help="the base: of --patch, or of a run whose base was moved")
     parser.add_argument("--patch", help="patch.safetensors, instead of a run folder")
     parser.add_argument(
         "--dtype", choices=_DTYPES, help="of all float tensors (default: as in the base; of a patch as it is)"
     )
+    parser.add_argument("--bits", type=int, choices=(8, 32), help="of the matrices in ONNX files (default: 8)")
     _add_force(parser)
     parser.set_defaults(handler=_export)
 
@@ -37,6 +41,15 @@ def _export(parsed: argparse.Namespace) -> int:
     from edgegt.export import export_model, export_patch
 
     log = Log(parsed.quiet)
+    if parsed.to == "onnx":
+        from edgegt.onnx.write import export_onnx
+
+        if parsed.dtype is not None:
+            raise InputError("--dtype goes with --to hf and --to patch: ONNX files have --bits 8 or 32")
+        print(export_onnx(parsed.run, parsed.model, parsed.patch, parsed.output, parsed.bits or 8, parsed.force, log))
+        return 0
+    if parsed.bits is not None:
+        raise InputError("--bits goes with --to onnx: --to hf and --to patch have --dtype")
     if parsed.to == "patch":
         if parsed.model is not None:
             raise InputError("--model goes with --to hf: a patch is written without its base")
@@ -71,7 +84,7 @@ def add_patch(commands: Any, name: str) -> None:
     apply.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
     apply.add_argument("--dtype", choices=_DTYPES, help="of all float tensors (default: as in the base)")
     _add_force(apply)
-    apply.set_defaults(handler=_export, run=None, to="hf")
+    apply.set_defaults(handler=_export, run=None, to="hf", bits=None)
 
 
 def _diff(parsed: argparse.Namespace) -> int:

@@ -1,0 +1,116 @@
+"""A form traced to an ONNX graph, without a weight being read.
+
+torch.export runs the module on shapes alone, so that its matrices may be memory that nobody has touched. They are inputs
+of the graph while it is simplified, because the simplifier would otherwise fold them; then each is an initializer that
+has a name and a shape and is given its values when the file is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edgegt.errors import InputError
+from edgegt.onnx.forms import Form
+
+OPSET = 20
+_OURS = "model."
+
+
+@dataclass(frozen=True)
+class Traced:
+    """weights: the graph's values that stand for parameters, by the parameter's name; they have no data yet."""
+
+    form: Form
+    model: Any
+    weights: dict[str, Any]
+
+
+def trace(form: Form) -> Traced:
+    """The graph of a form. Raises: InputError when torch cannot export the model."""
+    from onnxscript import optimizer
+
+    names = {"input_names": list(form.inputs), "output_names": list(form.outputs)}
+    free = {name: {axis: torch.export.Dim.DYNAMIC for axis in form.axes[name]} for name in form.inputs}
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                form.module, tuple(form.inputs.values()), dynamo=True, optimize=False, verbose=False,
+                opset_version=OPSET, dynamic_shapes=_as_arguments(form, free), **names,
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            kind = type(form.module.model).__name__
+            said = str(error.__cause__ or error).strip().splitlines()[0]
+            raise InputError(f"torch cannot export {kind} to ONNX ({said}): use --to hf") from error
+        assert program is not None
+        model = program.model
+        held = _as_inputs(model.graph, form)
+        optimizer.optimize_ir(model)
+    graph = model.graph
+    weights = {}
+    for name, value in held.items():
+        graph.inputs.remove(value)
+        if value.uses():
+            value.name = name
+            weights[name] = value
+    _name_axes(graph, form)
+    model.producer_name, model.producer_version, model.graph.name = "edgegt", _version(), form.file.partition(".")[0]
+    for node in graph:
+        node.metadata_props.clear()  # stack traces, with paths of this machine
+    for value in graph.all_values() if hasattr(graph, "all_values") else ():
+        value.metadata_props.clear()
+    return Traced(form, model, weights)
+
+
+def _as_arguments(form: Form, free: dict[str, Any]) -> Any:
+    """The free axes as the module's arguments have them: `past` is one of several tensors."""
+    fixed = [name for name in form.inputs if not name.startswith("past_key_values.")]
+    past = tuple(free[name] for name in form.inputs if name not in fixed)
+    return (*(free[name] for name in fixed), *((past,) if past else ()))
+
+
+def _as_inputs(graph: Any, form: Form) -> dict[str, Any]:
+    """Take the parameters with two dimensions and more out of the initializers; by parameter name."""
+    held = {}
+    parameters = {f"{_OURS}{name}": name for name, p in form.module.model.named_parameters() if p.ndim >= 2}
+    for name in list(graph.initializers):
+        if name in parameters:
+            value = graph.initializers.pop(name)
+            value.const_value = None
+            graph.inputs.append(value)
+            held[parameters[name]] = value
+    return held
+
+
+def _name_axes(graph: Any, form: Form) -> None:
+    """Give the free axes of inputs and outputs their names."""
+    import onnx_ir as ir
+
+    for value in graph.inputs:
+        axes = form.axes[value.name]
+        value.shape = ir.Shape([axes.get(axis, size) for axis, size in enumerate(form.inputs[value.name].shape)])
+
+
+def _version() -> str:
+    from edgegt.version import __version__
+
+    return __version__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of the exporter, which speak of what is registered, deprecated or renamed inside it."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
