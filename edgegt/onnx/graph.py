@@ -78,7 +78,8 @@ def _as_arguments(form: Form, free: dict[str, Any]) -> Any:
 def _as_inputs(graph: Any, form: Form) -> dict[str, Any]:
     """Take the parameters with two dimensions and more out of the initializers; by parameter name."""
     held = {}
-    parameters = {f"{_OURS}{name}": name for name, p in form.module.model.named_parameters() if p.ndim >= 2}
+    every = form.module.model.named_parameters(remove_duplicate=False)  # the graph may call it by any of its names
+    parameters = {f"{_OURS}{name}": name for name, parameter in every if parameter.ndim >= 2}
     for name in list(graph.initializers):
         if name in parameters:
             value = graph.initializers.pop(name)
