@@ -135,7 +135,10 @@ def counting_model(path: Path) -> None:
     ]
     inputs = [info(name, TensorProto.INT64, [1, None]) for name in ("input_ids", "attention_mask", "position_ids")]
     inputs.append(info("past_key_values.0.key", TensorProto.FLOAT, [1, 1, None, 1]))
-    outputs = [info("logits", TensorProto.FLOAT, [1, None, 20]), info("present.0.key", TensorProto.FLOAT, None)]
+    outputs = [
+        info("logits", TensorProto.FLOAT, [1, None, 20]),
+        info("present.0.key", TensorProto.FLOAT, [1, 1, None, 1]),
+    ]
     held = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     model = helper.make_model(
         helper.make_graph(nodes, "counting", inputs, outputs, held), opset_imports=[helper.make_opsetid("", 17)]
