@@ -63,6 +63,13 @@ def test_nothing_is_left_to_fill_in(guide: str) -> None:
     assert re.findall(r"@@\w*@@|TODO|FIXME", text_of(guide)) == []
 
 
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_formula_within_a_line_ends_in_it(guide: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", text_of(guide), flags=re.M | re.S)
+    assert [line for line in text.splitlines() if line.count("$`") != line.count("`$")] == []
+    assert "$" not in re.sub(r"\$`[^`]+`\$", "", text)
+
+
 def test_extras_exist_or_wait() -> None:
     project = read_toml(ROOT / "pyproject.toml", "", "project")["project"]
     named = {name for guide in GUIDES for name in re.findall(r"edgegt\[(\w+)\]", text_of(guide))}

@@ -43,7 +43,8 @@ def generate(folder: Path, prompt: str, most: int) -> str:
     wanted = {entry.name for entry in session.get_inputs()}
     outputs = [entry.name for entry in session.get_outputs()]
     ends, past = stop_ids(folder), empty_past(session)
-    ids, seen, answer = tokenizer.encode(prompt).ids, 0, []
+    ids, seen = tokenizer.encode(prompt).ids, 0
+    answer: list[int] = []
     while len(answer) < most:
         seen += len(ids)
         inputs = {
