@@ -8,7 +8,9 @@ The same as the command line offers; nothing heavy is imported before it is used
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,3 +68,14 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'edgegt' has no attribute '{name}'")
     return getattr(import_module(f"edgegt.{_HOMES[name]}"), name)
+
+
+class _Package(ModuleType):
+    """Keeps `edgegt.run` the function: importing the module of that name would put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

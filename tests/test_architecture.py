@@ -141,3 +141,9 @@ def test_public_names_are_sorted_and_all_there() -> None:
         assert getattr(edgegt, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         edgegt.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("before", ["", "import edgegt.run; "], ids=["first", "after the module"])
+def test_run_is_the_function_and_not_the_module_of_its_name(before: str) -> None:
+    _, shown = loaded_after(f"{before}from edgegt import RunOptions, run; print(type(run).__name__, run.__module__)")
+    assert shown.strip() == "function edgegt.run"

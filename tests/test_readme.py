@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from functools import cache
-from pathlib import Path
 
 import pytest
 
-from edgegt.cli import _COMMANDS
+from documents import ROOT, blocks, broken_links, edgegt_commands, text_of
+from edgegt.cli import _COMMANDS, _parse
 from edgegt.options import RunOptions, flag
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (".py", ".j2", ".c", ".h", ".cpp")
 OTHER_FLAGS = {
     "--config", "--resume", "--explain", "--frontier", "--help", "--model", "--patch", "--extra-index-url",
@@ -20,9 +18,8 @@ OTHER_FLAGS = {
 }  # fmt: skip
 
 
-@cache
 def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+    return text_of("README.md")
 
 
 def section(title: str) -> str:
@@ -46,9 +43,9 @@ def named_files() -> list[str]:
 
 def command(name: str) -> str:
     """The sh block below a marker, as .ci/run takes it out."""
-    found = re.findall(rf"^<!-- ci: {name} -->\n```sh\n(.*?)^```$", readme(), re.M | re.S)
+    found = blocks("README.md", "sh", f"ci: {name}")
     assert len(found) == 1, f"one block must follow <!-- ci: {name} -->"
-    return str(found[0])
+    return found[0]
 
 
 def test_the_tree_names_every_source_file_and_nothing_else() -> None:
@@ -74,8 +71,7 @@ def test_the_two_commands_come_first_and_can_be_taken_out() -> None:
     assert "edgegt run --device jetson" in command("run").splitlines()
     assert "make check test" in command("test").splitlines()
     assert all("-c constraints.txt" in command(name) for name in ("run", "test"))
-    blocks = re.findall(r"^```sh\n(.*?)^```$", readme(), re.M | re.S)
-    assert blocks[:2] == [command("run"), command("test")]
+    assert blocks("README.md", "sh")[:2] == [command("run"), command("test")]
 
 
 def test_commands_and_options_in_the_readme_exist() -> None:
@@ -84,12 +80,18 @@ def test_commands_and_options_in_the_readme_exist() -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme())) <= known
 
 
+def test_commands_in_the_readme_parse() -> None:
+    every = edgegt_commands("README.md")
+    assert len(every) > 10
+    for words in every:
+        _parse(words)
+
+
 def test_links_lead_somewhere() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", readme())
-    assert targets
-    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+    assert "](docs/" in readme()
+    assert broken_links("README.md") == []
 
 
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "docs/decisions.md", "docs/benchmarks.md"])
 def test_nothing_is_left_to_fill_in(name: str) -> None:
-    assert re.findall(r"@@\w+@@", (ROOT / name).read_text(encoding="utf-8")) == []
+    assert re.findall(r"@@\w+@@", text_of(name)) == []
