@@ -28,10 +28,10 @@ def last_layers(case: Case, seed: int = 0) -> Choice:
 
 
 def random_order(case: Case, seed: int = 0) -> Choice:
-    """In an order drawn from `seed`, every weight that still fits."""
+    """The head, then in an order drawn from `seed` every weight that still fits."""
     order = sorted(case.candidates)
     random.Random(seed).shuffle(order)
-    mask = fill(case, 0, order)
+    mask = fill(case, 0, [*_head(case), *order])
     return Choice(mask, case.value(mask), relaxed_bound(case))
 
 
@@ -67,6 +67,12 @@ def random_layers(case: Case, seed: int = 0) -> Choice:
         if case.fits(whole):
             mask = whole
     return Choice(mask, case.value(mask), relaxed_bound(case))
+
+
+def _head(case: Case) -> list[int]:
+    """The matrices above all layers, if they are candidates."""
+    above = max(case.blocks, default=0)
+    return [bit for bit in case.candidates if case.blocks and case.blocks[bit] == above and bit not in case.vectors]
 
 
 def cut_down(case: Case, mask: int) -> int:

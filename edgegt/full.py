@@ -60,21 +60,9 @@ class FloatTrainee:
     probe_flops = 0
 
     def __init__(self, setup: Setup, log: Log, keeper: Keeper) -> None:
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
         self.setup, self.log, self.keeper = setup, log, keeper
         self._check()
-        classes = {"config": copy.deepcopy(setup.config), "ignore_mismatched_sizes": True}
-        self.module: Any = auto_class(setup.config).from_pretrained(
-            str(setup.source.directory), dtype=torch.float32, attn_implementation=register_attention(),
-            local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            **(classes if is_classifier(setup.config) else {}),
-        ).to(setup.device).eval()  # fmt: skip
-        begin_fresh(self.module, setup.device)
-        # transformers ties a head whose values equal the embedding's; an architecture with its own never shares it.
-        if has_own_head(self.module.config) and is_head_tied(self.module):
-            untie_head(self.module)
+        self.module = load_float(setup)
         self.meter = FlopMeter()
         attach(self.module, self.meter)
         self.fingerprint = fingerprint(setup.source, cache_dir() / "fingerprints.json")
@@ -202,7 +190,7 @@ class FloatTrainee:
         setup = self.setup
         for epoch, indices in setup.schedule.batches[self.progress.step :]:
             rows = [setup.corpus.train[i] for i in indices]
-            yield epoch, _everywhere(collate(rows, setup.pad_id))
+            yield epoch, everywhere(collate(rows, setup.pad_id))
 
     def _step_back(self, back: StepBack) -> None:
         """Smaller micro-batches: nothing else can be given up when everything is trained."""
@@ -259,6 +247,24 @@ class FloatTrainee:
         })  # fmt: skip
 
 
+def load_float(setup: Setup) -> Any:
+    """transformers' own float32 model, in eval mode (no dropout), with attention that is counted."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    classes = {"config": copy.deepcopy(setup.config), "ignore_mismatched_sizes": True}
+    module: Any = auto_class(setup.config).from_pretrained(
+        str(setup.source.directory), dtype=torch.float32, attn_implementation=register_attention(),
+        local_files_only=True, trust_remote_code=False, use_safetensors=True,
+        **(classes if is_classifier(setup.config) else {}),
+    ).to(setup.device).eval()  # fmt: skip
+    begin_fresh(module, setup.device)
+    # transformers ties a head whose values equal the embedding's; an architecture with its own never shares it.
+    if has_own_head(module.config) and is_head_tied(module):
+        untie_head(module)
+    return module
+
+
 def whole_patch(module: Any) -> dict[str, Item]:
     """Every tensor of a float model as a patch holds it, to be fetched one by one: linears and experts as [out, in]."""
     found = {}
@@ -301,7 +307,7 @@ def _inputs_kept(weight: Weight) -> Work:
     return weight.per_position(3 * weight.shape[1])
 
 
-def _everywhere(batch: Batch) -> Batch:
+def everywhere(batch: Batch) -> Batch:
     """The same batch with the head on every position, as transformers computes the loss."""
     if batch.classes:
         return batch

@@ -15,7 +15,7 @@ from edgegt.profile import Profile, read_toml
 from edgegt.rates import seconds_for_energy
 from edgegt.units import format_text, parse_bytes, parse_duration, parse_energy
 
-STRATEGY_NAMES = ("greentrainer", "greentrainer-dp", "last-layers", "bias", "random", "full")
+STRATEGY_NAMES = ("greentrainer", "greentrainer-dp", "last-layers", "bias", "random", "lisa", "full")
 SCHEDULES = ("linear", "cosine", "constant")
 TASKS = ("generation", "classification")
 DATA_FORMATS = ("messages", "conversations", "prompt-completion", "instruction", "text", "piqa")

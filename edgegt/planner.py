@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from edgegt.baselines import last_layers, published, random_order, vectors_only
+from edgegt.baselines import last_layers, published, random_layers, random_order, vectors_only
 from edgegt.case import Case, bits
 from edgegt.errors import BudgetError, EdgegtError, InputError, nearest
 from edgegt.memory import LIBRARY_BYTES, Formats
@@ -32,6 +32,7 @@ _SIMPLER: dict[str, Callable[[Case, int], Choice]] = {
     "last-layers": last_layers,
     "bias": vectors_only,
     "random": random_order,
+    "lisa": random_layers,
 }
 STRATEGIES = ("greentrainer", *_SIMPLER)
 

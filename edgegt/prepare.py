@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -18,7 +18,7 @@ from edgegt.cache import cache_dir
 from edgegt.checkpoint import Checkpoints
 from edgegt.classifier import as_classifier, check_writes, classifier_positions, fresh_line, fresh_numel, reading_of
 from edgegt.cost import CostTable
-from edgegt.data import data_files
+from edgegt.data import Reading, data_files
 from edgegt.device import Resolved
 from edgegt.disk import DiskError
 from edgegt.errors import InputError
@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     import torch
 
     from edgegt.quant import Choice
+
+
+# Options, tokenizer, what a decoder begins with, how rows are read for classification -> the rows.
+Reader = Callable[[RunOptions, Any, int | None, Reading | None], Corpus]
 
 
 @dataclass(frozen=True)
@@ -136,10 +140,12 @@ def pad_of(tokenizer: Any) -> int:
     return 0 if pad is None else int(pad)
 
 
-def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spent_s: float = 0.0) -> Setup:
+def prepare(
+    options: RunOptions, log: Log, decided: Decisions | None = None, spent_s: float = 0.0, read: Reader = read_corpus
+) -> Setup:  # fmt: skip
     """Read, tokenise, trace and check. Raises: InputError or BudgetError for whatever would stop the run later.
 
-    decided: of a run that is resumed, which has taken `spent_s` seconds so far.
+    decided: of a run that is resumed, which has taken `spent_s` seconds so far. read: gives the rows of both sides.
     """
     started, name = time.perf_counter(), model_name(options)
     digests = data_digests(options)
@@ -157,7 +163,7 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
         check_writes(config)
     tokenizer = load_tokenizer(source.directory, not options.classifies)
     options = within_positions(options, positions)
-    corpus = read_corpus(options, tokenizer, None if reading else decoder_start(config), reading)
+    corpus = read(options, tokenizer, None if reading else decoder_start(config), reading)
     if options.max_length < given and corpus.reports[0].cut:
         log.fallback(f"the model knows {options.max_length} positions: rows are cut to that, not to {given}")
     log.say(f"data: {corpus.name} ({corpus.format}, {corpus.layout}), to train on {corpus.reports[0].line()}")

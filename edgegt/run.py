@@ -196,7 +196,9 @@ class _Session:
             write_report_apart(self.folder.path, self.log)
 
 
-def keeper_of(setup: Setup, folder: RunFolder, log: Log, machine: Machine | None = None) -> Keeper:
+def keeper_of(
+    setup: Setup, folder: RunFolder, log: Log, machine: Machine | None = None, kind: type[Keeper] = Keeper
+) -> Keeper:  # fmt: skip
     """The keeper of a run with this setup."""
     options, machine = asdict(lasting(setup.options)), machine or Machine()
     common = {"version": __version__, "options": options, "decisions": asdict(setup.decisions)}
@@ -205,7 +207,7 @@ def keeper_of(setup: Setup, folder: RunFolder, log: Log, machine: Machine | None
     mine = setup.resolved.on_board or setup.options.device == "auto" or machine.sensors is not None
     ceiling_c = setup.resolved.profile.ceiling_c if mine else None
     scalars = Scalars(folder.tensorboard, setup.full_flops, log.fallback) if setup.options.tensorboard else None
-    return Keeper(
+    return kind(
         folder, setup.options, sensors, ceiling_c, setup.watch, setup.memory_bytes, machine, log, common, setup.started,
         scalars,
     )  # fmt: skip

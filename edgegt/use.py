@@ -220,12 +220,12 @@ def evaluate_subject(
     pad = pad_of(subject.tokenizer)
     if subject.labels:
         return classified(subject.module, examples, pad, 16, subject.device)
-    asked = _questions(examples, answers or ANSWERED_ROWS, names)
+    asked = questions(examples, answers or ANSWERED_ROWS, names)
     numbers = held_out_loss(subject.module, examples, pad, 16, subject.device)
     if not names:
         return numbers
     scores: dict[str, Any] = {"perplexity": numbers["perplexity"]} if "perplexity" in names else {}
-    return numbers | (_answered(subject, asked, names, tokens, scores) if asked else {"scores": scores})
+    return numbers | (answered(subject, asked, names, tokens, scores) if asked else {"scores": scores})
 
 
 def _classifies(model: str, patch: str | None) -> bool:
@@ -239,7 +239,7 @@ def _classifies(model: str, patch: str | None) -> bool:
     return bool(known_labels(read_config(model)))
 
 
-def _questions(examples: Sequence[Example], count: int, names: Sequence[str]) -> list[Example]:
+def questions(examples: Sequence[Example], count: int, names: Sequence[str]) -> list[Example]:
     """At most `count` of the examples that ask something, one per row, spread evenly; none where no metric needs them.
 
     Raises: InputError when there is nothing to answer.
@@ -253,7 +253,7 @@ def _questions(examples: Sequence[Example], count: int, names: Sequence[str]) ->
     return [found[place * len(found) // count] for place in range(count)] if count < len(found) else found
 
 
-def _answered(
+def answered(
     subject: Subject, asked: Sequence[Example], names: Sequence[str], tokens: int | None, scores: dict[str, Any]
 ) -> dict[str, Any]:
     """How many rows were answered with how many new tokens at most, and `scores` with those of the answers."""

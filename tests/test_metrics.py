@@ -16,7 +16,7 @@ from edgegt.cli import main
 from edgegt.data import Example, Row
 from edgegt.errors import InputError
 from edgegt.metrics import METRICS, _RougeWords, asks, normalised, parse_metrics, score, token_f1
-from edgegt.use import _questions, generate_text
+from edgegt.use import generate_text, questions
 from runs import STORIES
 
 ALL = tuple(METRICS)
@@ -154,11 +154,11 @@ def test_a_missing_package_is_named(name: str, module: str, package: str, monkey
 def test_rows_to_answer_are_spread_evenly_and_each_counts_once() -> None:
     rows = [Row(f"ask {number}", "x", number) for number in range(10)]
     examples = [Example((1, number), (5,), row) for row in rows for number in (1, 2)]
-    asked = _questions(examples, 4, ("f1",))
+    asked = questions(examples, 4, ("f1",))
     assert [one.row.number for one in asked] == [0, 2, 5, 7] and {one.prompt for one in asked} == {(1, 1)}
-    assert len(_questions(examples, 10, ("f1",))) == 10 and _questions(examples, 10, ("perplexity",)) == []
+    assert len(questions(examples, 10, ("f1",))) == 10 and questions(examples, 10, ("perplexity",)) == []
     with pytest.raises(InputError, match="the rows are plain text and ask nothing"):
-        _questions([Example((1,), (5,), Row("", "a text", 1))], 4, ("f1",))
+        questions([Example((1,), (5,), Row("", "a text", 1))], 4, ("f1",))
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="no stories260K under shared/data")

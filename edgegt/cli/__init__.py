@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from edgegt.cli.comparing import add_compare
 from edgegt.cli.completion import add_completion
 from edgegt.cli.exporting import add_export, add_patch
 from edgegt.cli.machine import add_cache, add_calibrate, add_devices, add_doctor
@@ -25,8 +26,8 @@ from edgegt.version import __version__
 
 _COMMANDS = {
     "run": add_run, "plan": add_plan, "data": add_data, "devices": add_devices, "report": add_report,
-    "eval": add_eval, "generate": add_generate, "export": add_export, "patch": add_patch, "doctor": add_doctor,
-    "calibrate": add_calibrate, "cache": add_cache, "completion": add_completion,
+    "compare": add_compare, "eval": add_eval, "generate": add_generate, "export": add_export, "patch": add_patch,
+    "doctor": add_doctor, "calibrate": add_calibrate, "cache": add_cache, "completion": add_completion,
 }  # fmt: skip
 
 
