@@ -33,8 +33,8 @@ class TorchEngine:
         if not self._crop(len(self._read) - known):
             known = 0
         if known == 0:
-            self._read, self._cache = [], _empty_cache(self.module.config)
-        self.reused = known
+            self._cache = _empty_cache(self.module.config)
+        self._read, self.reused = list(ids[:known]), known
         return self._forward(ids[known:])
 
     def step(self, token: int) -> torch.Tensor:
@@ -51,7 +51,11 @@ class TorchEngine:
             self._encoded = (tuple(ids), states)
         self._read, self._cache = [], _empty_cache(self.module.config)
         assert self.start is not None
-        return self._forward((self.start,))
+        logits = self._forward((self.start,))
+        forced = getattr(self.module.generation_config, "forced_bos_token_id", None)
+        if forced is not None:  # as some models for summaries and translation demand
+            logits = torch.full_like(logits, -torch.inf).index_fill_(0, self._tensor([forced])[0], 0)
+        return logits
 
     @torch.no_grad()
     def _forward(self, ids: Sequence[int]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ class Sampling:
     def _given(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
-    def with_flags(self, flags: dict[str, Any]) -> Sampling:
+    def with_flags(self, flags: Mapping[str, Any]) -> Sampling:
         """These with what the user gave (None: not given). One that needs a draw asks for temperature 1."""
         given = {name: value for name, value in flags.items() if value is not None}
         drawing = [name for name in _DRAWING if given.get(name, getattr(Sampling, name)) != getattr(Sampling, name)]
