@@ -349,6 +349,7 @@ static inline __attribute__((always_inline)) void sums_of(int count, const int8_
         memcpy(&left, a + at, sizeof left);
         if (OFFSET) ones = DOT(ones, (wide_t){0} + 1, left);
         for (int j = 0; j < count; j++) {
+            __builtin_prefetch(b + (j + 2 * COLUMNS) * k + at);
             memcpy(&right, b + j * k + at, sizeof right);
             sums[j] = DOT(sums[j], right ^ (uint8_t)OFFSET, left);
         }
