@@ -1,8 +1,8 @@
 """Ids to text while they come: only what no later id can change is shown, and in the end all of it.
 
 What later ids can change, and is held back: half a character (a trailing U+FFFD of a byte-level tokenizer), the byte
-tokens of sentencepiece, which are decoded together, the last word where the tokenizer moves spaces before punctuation,
-spaces at the end, and what may become one of the texts that end the answer. All ids are decoded each time, because a
+tokens of sentencepiece, which are decoded together, the last words where the tokenizer takes spaces before punctuation
+away, spaces at the end, and what may become one of the texts that end the answer. All ids are decoded each time, because a
 tokenizer may treat the first of a few ids as the beginning of a text.
 """
 
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Words at the end that may still change where spaces are taken away: "do n ' t" becomes "don't" with its last letter.
+_UNSURE = 3
 _BROKEN = "\ufffd"
 
 
@@ -45,7 +47,8 @@ class Detokenizer:
         text, self.ended = self._decoded()
         safe = text if self.ended else text.rstrip(_BROKEN)
         if self._words and not self.ended:
-            safe = safe[: max((match.start() for match in re.finditer(r"\s", safe)), default=0)]
+            gaps = [match.start() for match in re.finditer(r"\s", safe)]
+            safe = safe[: gaps[-_UNSURE]] if len(gaps) >= _UNSURE else ""
         held = 0 if self.ended else max((_overlap(safe, stop) for stop in self.stops), default=0)
         safe = self._trim(safe[: len(safe) - held])
         return self._show(safe) if safe.startswith(self._shown) else ""
