@@ -2,8 +2,8 @@
 
 What later ids can change, and is held back: half a character (a trailing U+FFFD of a byte-level tokenizer), the byte
 tokens of sentencepiece, which are decoded together, the last words where the tokenizer takes spaces before punctuation
-away, spaces at the end, and what may become one of the texts that end the answer. All ids are decoded each time, because a
-tokenizer may treat the first of a few ids as the beginning of a text.
+away, spaces at the end, and what may become one of the texts that end the answer. All ids are decoded each time,
+because a tokenizer may treat the first of a few ids as the beginning of a text.
 """
 
 from __future__ import annotations
