@@ -36,7 +36,8 @@ class Conversation:
             raise InputError("this model says the class of a text and writes none: ask it with `edgegt generate`")
         self.subject = subject
         self.log = log or Log()
-        self.remembers = subject.start is None and (subject.separator == BY_TEMPLATE or not subject.trained)
+        own = subject.trained or subject.at_home
+        self.remembers = subject.start is None and (subject.separator == BY_TEMPLATE or not own)
         self.turns: list[Turn] = []
         self.system = ""
         self._forgotten = 0
@@ -117,7 +118,8 @@ class Conversation:
         sides = zip(self.turns[::2], self.turns[1::2], strict=True)
         if self.subject.separator == BY_TEMPLATE:
             return [{"messages": [{"role": one.role, "content": one.text} for one in pair]} for pair in sides]
-        return [{"prompt": own_words(self.subject, one.text), "completion": two.text} for one, two in sides]
+        space = "" if self.subject.separator or self.subject.start is not None else " "
+        return [{"prompt": own_words(self.subject, one.text), "completion": space + two.text} for one, two in sides]
 
     def _heard(self, first: int) -> list[Turn]:
         return [Turn("system", self.system)] * bool(self.system) + self.turns[first:]

@@ -42,6 +42,13 @@ class Subject:
         return decoder_start(self.module.config)
 
     @property
+    def at_home(self) -> bool:
+        """Whether it is the home assistant that ships with the package, trained by its own data or not at all."""
+        if self.options is not None:
+            return self.options.data is None
+        return not self.trained and self.directory.resolve() == home.MODEL
+
+    @property
     def reading(self) -> Reading | None:
         """How rows are read for classification; None of a language model."""
         from edgegt.classifier import reading_of

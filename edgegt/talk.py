@@ -137,9 +137,8 @@ def engine_of(subject: Subject, *ends: int) -> Engine:
 
 
 def own_words(subject: Subject, prompt: str) -> str:
-    """The prompt as the run's data would have it: the home assistant's ends with an arrow."""
-    own = subject.options is not None and subject.options.data is None
-    return home.as_prompt(prompt) if own else prompt
+    """The prompt as the data would have it: the home assistant's ends with an arrow."""
+    return home.as_prompt(prompt) if subject.at_home else prompt
 
 
 def prompt_ids(subject: Subject, prompt: str) -> tuple[int, ...]:
