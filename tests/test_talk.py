@@ -45,7 +45,7 @@ class Heard:
 
 
 def save_chatty(folder: Path, template: str | None = CHATML, family: str = "llama-untied", **more: Any) -> Path:
-    """A random model with a byte-level tokenizer and this chat template; a decoder-only one writes printable letters."""
+    """A random model with a byte-level tokenizer and this chat template. It writes printable letters."""
     config = EVERY[family]()
     config.max_position_embeddings = POSITIONS
     tokenizer = tokenizer_of(template, eos="<|im_end|>", bos=None if template == CHATML else "<s>")
@@ -239,7 +239,7 @@ def test_what_was_saved_is_data(
     assert code == 0 and len(saved.read_text().splitlines()) == 2
     assert main(["data", str(saved), "--model", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "messages" in said and "2 rows" in said
+    assert "jsonl, messages" in said and "2: 2 kept" in said
 
 
 def test_refused_lines_are_empty_answers(piped: Callable[..., tuple[int, str, str]], folder: Path) -> None:

@@ -23,9 +23,10 @@ _HELP = {
     "/system TEXT": "sets the system text, or takes it away if there is no TEXT",
     "/save FILE": "adds what was said to a JSONL file that `edgegt run --data` reads",
     "/help": "shows this",
+    '"""': "begins a text of several lines, and ends it",
     "/quit": "ends; so does Ctrl-D. Ctrl-C stops an answer",
 }
-_PROMPT = ">>> "
+_PROMPT, _MORE, _QUOTES = ">>> ", "... ", '"""'
 
 
 def _add_answers(parser: argparse.ArgumentParser, tokens: str, greedy: str) -> None:
@@ -114,6 +115,8 @@ def _chat(parsed: argparse.Namespace) -> int:
     from edgegt.subject import load_subject
 
     wanted, log = _wanted(parsed), Log()
+    if sys.stdin.isatty():
+        log.say("loading the model")
     subject = load_subject(parsed.run, parsed.model, parsed.patch)
     conversation = Conversation(subject, wanted, parsed.system or "", log)
     if sys.stdin.isatty():
@@ -146,11 +149,13 @@ def _answer(conversation: Conversation, line: str, terminal: bool) -> bool:
     from edgegt.talk import INTERRUPTED, LENGTH
 
     answer = conversation.ask(line, _show)
-    print("\n" if terminal else "", flush=True)
+    print(flush=True)
     if not answer.text:
         conversation.log.say("note: no answer came; the question is not kept")
     elif answer.stopped == LENGTH:
         conversation.log.say(f"note: the answer was ended after {answer.tokens} tokens; --tokens allows more")
+    if terminal:
+        print()
     return terminal or answer.stopped != INTERRUPTED
 
 
@@ -174,7 +179,7 @@ def _command(conversation: Conversation, word: str, rest: str) -> bool:
         count = conversation.save(Path(rest).expanduser())
         say(f"{count} row{'s' if count > 1 else ''} added to {rest}")
     else:
-        known = [usage.split()[0] for usage in _HELP]
+        known = [usage.split()[0] for usage in _HELP if usage[0] == "/"]
         raise InputError(f"unknown command '/{word}'{nearest('/' + word, known)}; commands: {', '.join(known)}")
     return True
 
@@ -185,12 +190,23 @@ def _typed() -> Iterator[str]:
         import readline  # noqa: F401
     while True:
         try:
-            yield input(_PROMPT)
+            yield _one_turn()
         except KeyboardInterrupt:
             print("\nCtrl-D or /quit ends.", file=sys.stderr)
         except EOFError:
             print()
             return
+
+
+def _one_turn() -> str:
+    """A line, or the lines between two times three quotation marks."""
+    text = input(_PROMPT)
+    if not text.startswith(_QUOTES):
+        return text
+    text = text.removeprefix(_QUOTES)
+    while not text.rstrip().endswith(_QUOTES):
+        text += "\n" + input(_MORE)
+    return text.rstrip().removesuffix(_QUOTES)
 
 
 def _piped() -> Iterator[str]:
