@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from edgegt.architecture import decoder_start, positions_of
+from edgegt.architecture import decoder_start, is_encoder_decoder, positions_of
 
 
 class TorchEngine:
@@ -33,7 +33,7 @@ class TorchEngine:
         if not self._crop(len(self._read) - known):
             known = 0
         if known == 0:
-            self._cache = _empty_cache(self.module.config)
+            self._cache = empty_cache(self.module.config)
         self._read, self.reused = list(ids[:known]), known
         return self._forward(ids[known:])
 
@@ -49,7 +49,7 @@ class TorchEngine:
             with torch.no_grad():
                 states = self.module.get_encoder()(input_ids=self._tensor(ids))
             self._encoded = (tuple(ids), states)
-        self._read, self._cache = [], _empty_cache(self.module.config)
+        self._read, self._cache = [], empty_cache(self.module.config)
         assert self.start is not None
         logits = self._forward((self.start,))
         forced = getattr(self.module.generation_config, "forced_bos_token_id", None)
@@ -85,10 +85,13 @@ class TorchEngine:
         return torch.tensor([list(ids)], device=self.device)
 
 
-def _empty_cache(config: Any) -> Any:
-    """A cache that grows: a decoder's by the kinds of its layers, an encoder-decoder's as in `evaluate`."""
+def empty_cache(config: Any) -> Any:
+    """A cache that grows, by the kinds of a decoder's layers.
+
+    That of `generate` has an encoder's number of layers, whatever its decoder's is.
+    """
     from transformers import DynamicCache, EncoderDecoderCache
 
-    if getattr(config, "is_encoder_decoder", False):
+    if is_encoder_decoder(config):
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
     return DynamicCache(config=config)
