@@ -17,7 +17,7 @@ from edgegt.errors import InputError
 from edgegt.log import Log
 from edgegt.sampling import GENERATION_CONFIG, generation_defaults
 from edgegt.subject import Subject
-from edgegt.talk import NEW_TOKENS, Answer, Wanted, engine_of, own_words, prompt_ids, reply
+from edgegt.talk import NEW_TOKENS, Answer, Wanted, check_text, engine_of, own_words, prompt_ids, reply
 
 # New tokens of an answer in a conversation, unless told.
 CHAT_TOKENS = 512
@@ -69,6 +69,7 @@ class Conversation:
         """Use this system text from now on; none if it is empty."""
         if not self.remembers:
             raise InputError("a system text would not be read: each line is asked by itself, as the model was trained")
+        check_text(text, "the system text")
         self.system = text
 
     def reset(self) -> None:
@@ -82,6 +83,7 @@ class Conversation:
         """
         if not text.strip():
             raise InputError("nothing was asked: give some text")
+        check_text(text, "the line")
         turn, wanted = Turn("user", text), self.wanted
         ids = self._read(turn) if self.remembers else prompt_ids(self.subject, text)
         if self.remembers and self.engine.positions is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgegt.errors import InputError
+from edgegt.errors import InputError, NotFinite
 from edgegt.units import format_text
 
 if TYPE_CHECKING:
@@ -105,7 +105,10 @@ class Sampling:
                 logits = processors(ids, logits.unsqueeze(0))[0]
             if not self.temperature:
                 return int(logits.argmax())
-            return int(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=draw))
+            shares = logits.softmax(-1).cpu()
+            if not bool(shares.isfinite().all()):
+                raise NotFinite("the model's logits are not finite: check its weights, or train again at a lower --lr")
+            return int(torch.multinomial(shares, 1, generator=draw))
 
         return pick
 

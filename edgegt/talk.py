@@ -37,6 +37,8 @@ class Wanted:
             raise InputError(f"--tokens {self.tokens} is out of range: give a positive whole number")
         if "" in self.stops:
             raise InputError("--stop '' would end every answer at once: give a text")
+        for text in self.stops:
+            check_text(text, "--stop")
         self.sampling()
 
     def sampling(self, defaults: Sampling | None = None) -> Sampling:
@@ -136,6 +138,14 @@ def engine_of(subject: Subject, *ends: int) -> Engine:
     return TorchEngine(subject.module, tuple(dict.fromkeys((*own, *ends))), subject.device)
 
 
+def check_text(text: str, name: str) -> None:
+    """Raises: InputError when bytes came in that are no text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is no text in UTF-8 (from character {error.start + 1} on): convert it") from error
+
+
 def own_words(subject: Subject, prompt: str) -> str:
     """The prompt as the data would have it: the home assistant's ends with an arrow."""
     return home.as_prompt(prompt) if subject.at_home else prompt
@@ -145,6 +155,7 @@ def prompt_ids(subject: Subject, prompt: str) -> tuple[int, ...]:
     """The prompt as training saw it, with the separator before a completion. Raises: InputError when it is empty."""
     from edgegt.data import BY_TEMPLATE, Row, Turn, tokenize
 
+    check_text(prompt, "the prompt")
     prompt = own_words(subject, prompt)
     if subject.separator == BY_TEMPLATE:
         row = Row.of_turns((Turn("user", prompt), Turn("assistant", "x")), 1)
@@ -164,6 +175,7 @@ def label_of(subject: Subject, text: str) -> str:
     from edgegt.evaluate import says
     from edgegt.prepare import pad_of
 
+    check_text(text, "the text")
     if not text.strip():
         raise InputError("the text is empty: give one whose class is to be said")
     assert subject.reading is not None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from edgegt.errors import InputError
+from edgegt.errors import InputError, NotFinite
 from edgegt.sampling import Defaults, Sampling, generation_defaults
 from edgegt.talk import Wanted
 
@@ -85,6 +85,11 @@ def test_draws_have_the_probabilities_of_transformers() -> None:
         for token, share in enumerate(exact.tolist()):
             assert counts[token] / 3000 == pytest.approx(share, abs=0.035)
             assert share > 0 or counts[token] == 0
+
+
+def test_logits_that_are_no_numbers_are_one_clear_error() -> None:
+    with pytest.raises(NotFinite, match="logits are not finite"):
+        Sampling(temperature=1).picker()([0], LOGITS.log())
 
 
 def test_what_was_read_is_less_likely_with_a_penalty() -> None:

@@ -247,6 +247,27 @@ def test_refused_lines_are_empty_answers(piped: Callable[..., tuple[int, str, st
     assert code == 2 and out == "\n" and "say it more shortly" in err
 
 
+def test_bytes_that_are_no_text_are_refused(
+    piped: Callable[..., tuple[int, str, str]], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = piped("a \udcff\n/system \udcff\n", "--model", str(folder))
+    assert code == 2 and out == "\n"
+    assert "the line is no text in UTF-8 (from character 3 on)" in err and "the system text is no text" in err
+    assert main(["generate", "--model", str(folder), "\udcff"]) == 2
+    assert "the prompt is no text in UTF-8" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_what_nobody_types_into(
+    piped: Callable[..., tuple[int, str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgegt.cli.talking._show", interrupt)
+    assert piped("hello\nmore\n", "--model", str(folder))[0] == 130
+    assert main(["generate", "--model", str(folder), "hello"]) == 130
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

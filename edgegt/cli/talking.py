@@ -136,6 +136,10 @@ def _converse(conversation: Conversation, lines: Iterator[str], terminal: bool) 
                     return refused
             elif line.strip() and not _answer(conversation, line.strip(), terminal):
                 return 130
+        except KeyboardInterrupt:  # before the answer began, or twice
+            if not terminal:
+                raise
+            print()
         except EdgegtError as error:
             print(f"edgegt: {error}", file=sys.stderr)
             refused = 0 if terminal else error.exit_code
