@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from edgegt.profile import Profile, load_profile
     from edgegt.report import write_report
     from edgegt.run import run
-    from edgegt.use import evaluate_subject, generate_text
+    from edgegt.talk import generate_text
+    from edgegt.use import evaluate_subject
     from edgegt.version import __version__
 
 _HOMES = {
@@ -37,7 +38,7 @@ _HOMES = {
     "examine": "doctor",
     "export_model": "export",
     "export_patch": "export",
-    "generate_text": "use",
+    "generate_text": "talk",
     "load_profile": "profile",
     "look_ahead": "outlook",
     "run": "run",

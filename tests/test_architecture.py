@@ -21,9 +21,10 @@ PACKAGE = ROOT / "edgegt"
 LAYERS = {
     "command line": "cli __main__",
     "order": "run",
-    "stages": "calibrate full trainee recovery rounds held prepare use outlook survey doctor report export card",
+    "stages": "calibrate full trainee recovery rounds held prepare subject use talk conversation outlook survey doctor"
+    " report export card",
     "parts of a run": "train signals recompute evaluate keeper checkpoint selection importance patch speed budget job"
-    " pretrained merge",
+    " pretrained merge decoding engine sampling detokenize",
     "model and data": "model pieces trace graph architecture classifier attention experts fused head loss optimizer"
     " flops store source data quant native",
     "surroundings": "folder log guard watch pacing sensors home process tensorboard",
