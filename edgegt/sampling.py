@@ -126,10 +126,14 @@ def _check(name: str, value: Any, called: str) -> None:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model's generation_config.json says. sampling: None where it says nothing about it."""
+    """What a model's generation_config.json says. sampling: None where it says nothing about it.
+
+    first: the id that an encoder-decoder's answer must begin with.
+    """
 
     sampling: Sampling | None = None
     eos: tuple[int, ...] = ()
+    first: int | None = None
 
 
 def generation_defaults(directory: Path) -> Defaults:
@@ -154,5 +158,5 @@ def generation_defaults(directory: Path) -> Defaults:
         _check(name, value, f"{path}: {name}")
     if said.get("do_sample") is True:
         given.setdefault("temperature", 1.0)
-    found = Sampling(**given)
-    return Defaults(None if found == Sampling() else found, eos)
+    found, first = Sampling(**given), said.get("forced_bos_token_id")
+    return Defaults(None if found == Sampling() else found, eos, first if type(first) is int else None)

@@ -22,7 +22,7 @@ class Subject:
     """A model to be used: the module, its tokenizer, and the run it came from, if any.
 
     separator: what stands between a prompt and its answer, as it was trained (`data.rows`); directory: the base's
-    files; trained: a patch is in it.
+    files; trained: a patch is in it; household: it was trained by the home assistant's own data.
     """
 
     module: Any
@@ -33,6 +33,7 @@ class Subject:
     labels: tuple[str, ...] = ()
     directory: Path = Path()
     trained: bool = False
+    household: bool = False
 
     @property
     def start(self) -> int | None:
@@ -46,7 +47,7 @@ class Subject:
         """Whether it is the home assistant that ships with the package, trained by its own data or not at all."""
         if self.options is not None:
             return self.options.data is None
-        return not self.trained and self.directory.resolve() == home.MODEL
+        return self.household or (not self.trained and self.directory.resolve() == home.MODEL)
 
     @property
     def reading(self) -> Reading | None:
@@ -64,11 +65,14 @@ class Subject:
         return (classifier_positions if self.labels else positions_of)(self.module.config)
 
 
-def load_subject(run: str | None, model: str | None, patch: str | None) -> Subject:
-    """A run's personalised model, or --model with or without --patch, in int8.
+def load_subject(run: str | None, model: str | None, patch: str | None, onnx: str | None = None) -> Subject:
+    """A run's personalised model, or --model with or without --patch, in int8; or the ONNX files in a folder.
 
-    Raises: InputError when neither or both are named, or when they do not fit together.
+    onnx: of a run, another form of its weights. Raises: InputError when neither or both are named, or when they do not
+    fit together.
     """
+    if onnx is not None:
+        return _in_onnx(run, model, patch, onnx)
     if (run is None) == (model is None):
         raise InputError("name a run folder, or a model with --model (and --patch): exactly one of the two")
     if run is None:
@@ -83,6 +87,23 @@ def load_subject(run: str | None, model: str | None, patch: str | None) -> Subje
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder.path / 'run.json'} is damaged (no {error}): run `edgegt run` again") from error
     return _loaded(directory, folder.patch, options, _separator(options) if separator is None else str(separator))
+
+
+def _in_onnx(run: str | None, model: str | None, patch: str | None, onnx: str) -> Subject:
+    import torch
+
+    from edgegt.onnx.module import OnnxModule
+    from edgegt.onnx.runtime import OnnxModel
+    from edgegt.source import load_tokenizer, read_config
+
+    if model is not None or patch is not None:
+        raise InputError("--onnx is a whole model: leave out --model and --patch")
+    directory, options = Path(onnx), None if run is None else RunFolder(Path(run)).options()
+    files = OnnxModel(directory)
+    module, about = OnnxModule(files, read_config(onnx)), files.about
+    separator, household = about.get("edgegt.separator", ""), about.get("edgegt.household") == "yes"
+    made = torch.device("cpu"), options, separator
+    return Subject(module, load_tokenizer(directory), *made, directory=directory, trained=True, household=household)
 
 
 def _loaded(name: str, patch: Path | None, options: RunOptions | None, separator: str | None) -> Subject:

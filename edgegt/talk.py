@@ -73,10 +73,12 @@ def nowhere(text: str) -> None:
     """Show nothing while an answer comes."""
 
 
-def generate_text(run: str | None, model: str | None, patch: str | None, prompt: str, tokens: int | None) -> str:
+def generate_text(
+    run: str | None, model: str | None, patch: str | None, prompt: str, tokens: int | None, onnx: str | None = None
+) -> str:
     """The greedy answer to one prompt, of 64 tokens at most unless told; of a classifier the label of the text."""
     wanted = Wanted(tokens)
-    subject = load_subject(run, model, patch)
+    subject = load_subject(run, model, patch, onnx)
     if subject.labels:
         wanted.check_unused()
         return label_of(subject, prompt)
@@ -131,11 +133,16 @@ def reply(
 
 
 def engine_of(subject: Subject, *ends: int) -> Engine:
-    """PyTorch's engine of a model that writes. ends: ids that end an answer, beside the model's own."""
+    """What answers for a model that writes. ends: ids that end an answer, beside the model's own."""
     from edgegt.engine import TorchEngine
+    from edgegt.onnx.engine import OnnxEngine
+    from edgegt.onnx.module import OnnxModule
 
-    own = (subject.tokenizer.eos_token_id, *generation_defaults(subject.directory).eos)
-    return TorchEngine(subject.module, tuple(dict.fromkeys((*own, *ends))), subject.device)
+    defaults = generation_defaults(subject.directory)
+    stops = tuple(dict.fromkeys((subject.tokenizer.eos_token_id, *defaults.eos, *ends)))
+    if isinstance(subject.module, OnnxModule):
+        return OnnxEngine(subject.module.model, stops, subject.positions, subject.start, defaults.first)
+    return TorchEngine(subject.module, stops, subject.device)
 
 
 def check_text(text: str, name: str) -> None:

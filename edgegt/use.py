@@ -12,7 +12,9 @@ from edgegt.folder import RunFolder
 from edgegt.log import Log
 from edgegt.metrics import asks, parse_metrics, score
 from edgegt.options import DATA_FORMATS, RunOptions
+from edgegt.sampling import Sampling
 from edgegt.subject import Subject, load_subject
+from edgegt.talk import Wanted, engine_of, nowhere, reply
 from edgegt.units import format_text
 
 if TYPE_CHECKING:
@@ -35,8 +37,11 @@ def evaluate_subject(
     metrics: str | None = None,
     answers: int | None = None,
     tokens: int | None = None,
+    onnx: str | None = None,
 ) -> dict[str, Any]:
     """Loss, perplexity, tokens and rows on --data, or on the rows that the run held out; and the scores of answers.
+
+    onnx: a folder of ONNX files that stands for the model, of a run or with --data.
 
     columns, layout, max_length: how `data` is read; by default as the run read its own (a model alone: 512 tokens).
     metrics: names of `metrics.METRICS`, divided by commas; answers: rows that are answered for them, spread evenly
@@ -47,8 +52,8 @@ def evaluate_subject(
     from edgegt.job import read_corpus, within_positions
     from edgegt.prepare import pad_of
 
-    if data is None and run is None and model is not None:
-        raise InputError("--model needs --data: give the file to evaluate on")
+    if data is None and run is None and (model or onnx):
+        raise InputError(f"--{'model' if model else 'onnx'} needs --data: give the file to evaluate on")
     if data is None and (columns is not None or layout is not None or max_length is not None):
         raise InputError(
             "--columns, --format and --max-length go with --data: held-out rows are read as the run read them"
@@ -68,7 +73,7 @@ def evaluate_subject(
     layout = "classification" if labels else layout or (own.format if columns is None else None)
     skip = skip_bad_rows or own.skip_bad_rows
     source = read_rows(Path(data), parse_columns(wanted, labels) if wanted else None, skip, layout) if data else None
-    subject = load_subject(run, model, patch)
+    subject = load_subject(run, model, patch, onnx)
     if source is not None:
         longest = dataclasses.replace(own, max_length=max_length or own.max_length)
         most = within_positions(longest, subject.positions).max_length
@@ -123,8 +128,6 @@ def _answered(
     subject: Subject, asked: Sequence[Example], names: Sequence[str], tokens: int | None, scores: dict[str, Any]
 ) -> dict[str, Any]:
     """How many rows were answered with how many new tokens at most, and `scores` with those of the answers."""
-    from edgegt.evaluate import answer
-
     references = [tuple(dict.fromkeys((one.row.completion, *one.row.references))) for one in asked]
     if tokens is None:
         written = [text for right in references for text in right]
@@ -132,10 +135,21 @@ def _answered(
         tokens = min(ANSWER_TOKENS, longest + 8)
     prompts = list(dict.fromkeys(one.prompt for one in asked))
     Log().say(f"answering {len(asked)} rows with at most {tokens} new tokens each")
-    answers = answer(subject.module, subject.tokenizer, prompts, tokens, 16, subject.device)
+    answers = _answers(subject, prompts, tokens)
     said = dict(zip(prompts, answers, strict=True))
     found = score(names, [said[one.prompt].strip() for one in asked], references)
     return {"answers": len(asked), "answer_tokens": tokens, "scores": scores | found}
+
+
+def _answers(subject: Subject, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[str]:
+    """The greedy answers, of PyTorch several at a time."""
+    from edgegt.evaluate import answer
+    from edgegt.onnx.module import OnnxModule
+
+    if not isinstance(subject.module, OnnxModule):
+        return answer(subject.module, subject.tokenizer, prompts, tokens, 16, subject.device)
+    engine, wanted = engine_of(subject), Wanted(tokens)
+    return [reply(engine, subject.tokenizer, one, wanted, Sampling(), nowhere).text for one in prompts]
 
 
 def _checked_metrics(metrics: str | None, answers: int | None, tokens: int | None) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ LAYERS = {
     "command line": "cli __main__",
     "order": "run",
     "stages": "calibrate full trainee recovery rounds held prepare subject use talk conversation outlook survey doctor"
-    " report export card",
+    " report export card onnx",
     "parts of a run": "train signals recompute evaluate keeper checkpoint selection importance patch speed budget job"
     " pretrained merge decoding engine sampling detokenize",
     "model and data": "model pieces trace graph architecture classifier attention experts fused head loss optimizer"

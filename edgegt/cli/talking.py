@@ -32,6 +32,7 @@ _PROMPT, _MORE, _QUOTES = ">>> ", "... ", '"""'
 def _add_answers(parser: argparse.ArgumentParser, tokens: str, greedy: str) -> None:
     parser.add_argument("--model", help="model directory or hub id, instead of a run folder")
     parser.add_argument("--patch", help="patch.safetensors to put into --model")
+    parser.add_argument("--onnx", metavar="DIR", help="what `edgegt export --to onnx` wrote, instead of both")
     parser.add_argument("--tokens", type=int, metavar="N", help=f"new tokens of an answer at most (default: {tokens})")
     parser.add_argument(
         "--temperature", type=float, metavar="X",
@@ -62,16 +63,18 @@ def add_generate(commands: Any, name: str) -> None:
         description="Answers a prompt, and shows the answer as it comes. It takes the likeliest token each time unless "
         "a flag says otherwise, whatever the model's generation_config.json says of drawing.",
     )  # fmt: skip
-    parser.add_argument("words", nargs="*", metavar="[RUN] PROMPT", help="run folder (unless --model) and the prompt")
+    parser.add_argument(
+        "words", nargs="*", metavar="[RUN] PROMPT", help="run folder (unless --model or --onnx) and the prompt"
+    )
     _add_answers(parser, "64", "0")
     parser.add_argument("--json", action="store_true", help="print only JSON on standard output, at the end")
     parser.set_defaults(handler=_generate)
 
 
 def _generate(parsed: argparse.Namespace) -> int:
-    wanted_words = 1 if parsed.model else 2
-    if len(parsed.words) != wanted_words:
-        shape = "PROMPT with --model" if parsed.model else "RUN PROMPT"
+    apart = parsed.model or parsed.onnx
+    if len(parsed.words) != (1 if apart else 2):
+        shape = f"PROMPT with --{'model' if parsed.model else 'onnx'}" if apart else "RUN PROMPT"
         raise InputError(
             f"`edgegt generate` takes {shape}, and got {len(parsed.words)} word(s): name the run folder, and quote "
             "the prompt"
@@ -80,7 +83,7 @@ def _generate(parsed: argparse.Namespace) -> int:
     from edgegt.talk import INTERRUPTED, generate, label_of, nowhere
 
     wanted, prompt = _wanted(parsed), parsed.words[-1]
-    subject = load_subject(None if parsed.model else parsed.words[0], parsed.model, parsed.patch)
+    subject = load_subject(None if apart else parsed.words[0], parsed.model, parsed.patch, parsed.onnx)
     if subject.labels:
         wanted.check_unused()
         label = label_of(subject, prompt)
@@ -117,7 +120,9 @@ def _chat(parsed: argparse.Namespace) -> int:
     wanted, log = _wanted(parsed), Log()
     if sys.stdin.isatty():
         log.say("loading the model")
-    subject = load_subject(parsed.run, parsed.model, parsed.patch)
+    if parsed.run is not None and parsed.onnx is not None:
+        raise InputError("--onnx is a model by itself: leave out the run folder")
+    subject = load_subject(parsed.run, parsed.model, parsed.patch, parsed.onnx)
     conversation = Conversation(subject, wanted, parsed.system or "", log)
     if sys.stdin.isatty():
         log.say("Ask something. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")

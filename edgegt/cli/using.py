@@ -35,6 +35,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
 def add_eval(commands: Any, name: str) -> None:
     parser = commands.add_parser(name, help="held-out loss of a run or of a model with a patch", prog="edgegt eval")
     _add_subject(parser)
+    parser.add_argument("--onnx", metavar="DIR", help="ONNX files, of a run or with --data, instead of PyTorch")
     parser.add_argument("--data", help="file to evaluate on (default: the run's held-out rows)")
     parser.add_argument("--columns", help="which fields of --data to read, such as prompt=mr,completion=ref")
     parser.add_argument(
@@ -56,7 +57,7 @@ def _eval(parsed: argparse.Namespace) -> int:
 
     numbers = evaluate_subject(
         parsed.run, parsed.model, parsed.patch, parsed.data, parsed.columns, parsed.max_length, parsed.skip_bad_rows,
-        parsed.format, parsed.metrics, parsed.answers, parsed.tokens,
+        parsed.format, parsed.metrics, parsed.answers, parsed.tokens, parsed.onnx,
     )  # fmt: skip
     if parsed.json:
         print_json(numbers)
