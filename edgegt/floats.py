@@ -30,6 +30,8 @@ from edgegt.value import values_of
 
 # Attention of transformers that is written out in products, each of which autograd leaves out where it can.
 _WRITTEN_OUT = "eager"
+# Memory is the Trainer's matter. What a weight without measured importance is worth where nothing else fits.
+_ANY_BYTES, _LEAST = 1 << 62, 1e-9
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ def prepare_model(model: Any) -> None:
 
     if is_classifier(_described(model)) or not is_head_tied(model):
         return
-    # Asked of the config as it is now: where the architecture can, a saved model says that its head is its own.
-    apart = can_untie(model.config, model.config.to_dict())
+    # Where the architecture can, the config of a saved model says then that its head is its own. Of a copy, because a
+    # skeleton chooses its own attention in the config that it is made from.
+    apart = can_untie(copy.deepcopy(model.config), model.config.to_dict())
     untie_head(model)
     if apart:
         model.config.tie_word_embeddings = False
@@ -100,10 +103,16 @@ def costs_of(model: Any) -> FloatCosts:
         )
     if getattr(model.config, "_attn_implementation", _WRITTEN_OUT) != _WRITTEN_OUT:
         table = _attention_at_once(table)
-    if model.is_gradient_checkpointing:
+    if checkpoints(model):
         again = tuple(Path(layer.weights, layer.forward, Work()) for layer in table.layers)
         table = replace(table, paths=table.paths + again)
     return FloatCosts(table, config, frozenset(fresh_of(config)))
+
+
+def checkpoints(model: Any) -> bool:
+    """Whether the model recomputes its layers in backward."""
+    found = getattr(model, "is_activation_checkpointing", None)  # its newer name
+    return bool(model.is_gradient_checkpointing if found is None else found)
 
 
 def importance_of(model: Any, pairs: Iterable[tuple[Any, Any]], names: Collection[str]) -> dict[str, float]:
@@ -135,27 +144,34 @@ def importance_of(model: Any, pairs: Iterable[tuple[Any, Any]], names: Collectio
 
 
 def choose(
-    costs: FloatCosts, values: Mapping[str, float], shapes: Sequence[BatchShape], share: float, seed: int
-) -> tuple[str, ...]:
-    """The most valuable weights with which such batches cost at most `share` of full training.
+    costs: FloatCosts, importance: Mapping[str, float], candidates: Collection[str], shapes: Sequence[BatchShape],
+    share: float, seed: int,
+) -> tuple[str, ...]:  # fmt: skip
+    """The most valuable of the candidates with which such batches cost at most `share` of full training.
 
-    Raises: BudgetError with the smallest share that would do.
+    Where nothing of measured importance fits, what fits is taken. Raises: BudgetError when nothing does, with the
+    smallest share that would do; InputError when there is no candidate.
     """
-    worth = values_of(values, costs.table)
-    worth = {name: value if values.get(name, 0.0) > 0 else 0.0 for name, value in worth.items()}
-    full = costs.full().total(shapes)
-    problem = Problem(
-        costs.table, worth, tuple(shapes), int(share * full), 1 << 62, Surroundings(0), 1, 1, FORMATS[:1]
-    )  # fmt: skip
+    found = values_of(importance, costs.table)
+    values = {name: found[name] for name in candidates}
+    flops = int(share * costs.full().total(shapes))
+    problem = Problem(costs.table, values, tuple(shapes), flops, _ANY_BYTES, Surroundings(0), 1, 1, FORMATS[:1])
     try:
-        return plan(problem, seed=seed).selected
+        try:
+            return plan(problem, seed=seed).selected
+        except InputError:  # a budget that is too small, or no importance above 0
+            if min(values.values(), default=1.0) > 0:
+                raise
+            anything = {name: max(value, _LEAST) for name, value in values.items()}
+            return plan(replace(problem, values=anything), seed=seed).selected
     except BudgetError as error:
-        if error.smallest_rho is None:
+        least = error.smallest_rho
+        if least is None:
             raise
         raise BudgetError(
-            f"{share:.3f} of full training is left for a step, below the smallest reachable {error.smallest_rho:.3f} "
-            "(the forward pass, and backward to one weight): give a higher rho, or train for more steps",
-            smallest_rho=error.smallest_rho,
+            f"{share:.3f} of full training is left for a step, below the smallest reachable {least:.3f} (the forward "
+            "pass, and backward to one weight): give a higher rho, or train for more steps",
+            smallest_rho=least,
         ) from error
 
 

@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from edgegt.cost import BatchShape, Work
 from edgegt.errors import BudgetError, InputError
-from edgegt.floats import FloatCosts, choose, costs_of, importance_of, prepare_model, train_only
+from edgegt.floats import FloatCosts, checkpoints, choose, costs_of, importance_of, prepare_model, train_only
 from edgegt.log import Log
 
 # As in a run of edgegt: rounds of a long run, and what is spent on measuring importance, of the budget and in rows.
@@ -187,9 +187,11 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         coming = self._coming(args, state)
         full = self.record["full"] + coming
         left = self.rho * (1 - MARGIN) * full - self.record["spent"] - later * self.record["probe"]
-        values = {name: value for name, value in self.record["values"].items() if name not in self._costs.always}
         try:
-            found = choose(self._costs, values, self._shapes, max(0.0, left / coming), args.seed + self.record["round"])
+            found = choose(
+                self._costs, self.record["values"], self._candidates(), self._shapes, max(0.0, left / coming),
+                args.seed + self.record["round"],
+            )  # fmt: skip
         except BudgetError as error:
             if not self.selected:
                 raise
@@ -248,7 +250,7 @@ def _reentrant(args: Any, model: Any) -> bool:
     kwargs = getattr(args, "activation_checkpointing_kwargs", None) or {}
     functions = (getattr(part, "_gradient_checkpointing_func", None) for part in model.modules())
     active = any(getattr(one, "keywords", {}).get("use_reentrant") for one in functions if one is not None)
-    return bool(kwargs.get("use_reentrant")) or (active and bool(model.is_gradient_checkpointing))
+    return bool(kwargs.get("use_reentrant")) or (active and checkpoints(model))
 
 
 def _check_data(loader: Any) -> None:
