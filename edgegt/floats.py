@@ -109,6 +109,18 @@ def costs_of(model: Any) -> FloatCosts:
     return FloatCosts(table, config, frozenset(fresh_of(config)))
 
 
+def let_backward_end(model: Any) -> None:
+    """Take back what transformers does for reentrant gradient checkpointing, which makes backward go all the way down.
+
+    It asks for a gradient of the embedding's output, and T5's attention for one of its bias of positions.
+    """
+    if getattr(model, "_require_grads_hooks", None):
+        model.disable_input_require_grads()
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention") and getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
+
+
 def checkpoints(model: Any) -> bool:
     """Whether the model recomputes its layers in backward."""
     found = getattr(model, "is_activation_checkpointing", None)  # its newer name

@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from edgegt.cost import BatchShape, Work
 from edgegt.errors import BudgetError, InputError
-from edgegt.floats import FloatCosts, checkpoints, choose, costs_of, importance_of, prepare_model, train_only
+from edgegt.floats import FloatCosts, checkpoints, choose, costs_of, importance_of, let_backward_end, prepare_model, train_only
 from edgegt.log import Log
 
 # As in a run of edgegt: rounds of a long run, and what is spent on measuring importance, of the budget and in rows.
@@ -79,8 +79,7 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Trace the model; go on with the selection of a checkpoint."""
         _check(args, model)
         _check_data(train_dataloader)
-        if getattr(model, "_require_grads_hooks", None):
-            model.disable_input_require_grads()  # else backward would go down to the embedding for nothing
+        let_backward_end(model)
         self._costs = costs_of(model)
         self._full, self._shapes = self._costs.full(), []
         if not self._before:
