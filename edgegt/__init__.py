@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgegt.doctor import examine
     from edgegt.errors import BudgetError, EdgegtError, InputError, Interrupted
     from edgegt.export import export_model, export_patch
+    from edgegt.hf import SelectionCallback
     from edgegt.options import RunOptions
     from edgegt.outlook import look_ahead
     from edgegt.profile import Profile, load_profile
@@ -30,6 +31,7 @@ _HOMES = {
     "Interrupted": "errors",
     "Profile": "profile",
     "RunOptions": "options",
+    "SelectionCallback": "hf",
     "__version__": "version",
     "evaluate_subject": "use",
     "examine": "doctor",
@@ -49,6 +51,7 @@ __all__ = [
     "Interrupted",
     "Profile",
     "RunOptions",
+    "SelectionCallback",
     "__version__",
     "evaluate_subject",
     "examine",
