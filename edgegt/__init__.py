@@ -1,9 +1,10 @@
 """edgegt: fine-tune a language model on the device that uses it, in 8 bits, under a FLOPs and a memory budget.
 
-    from edgegt import RunOptions, run
-    folder = run(RunOptions(device="jetson", model="my-model", data="my.jsonl"))
+    from edgegt import Trainer
+    trained = Trainer("my-model", "my.jsonl", device="jetson").train()
 
-The same as the command line offers; nothing heavy is imported before it is used.
+The same as the command line offers, a callback for transformers' Trainer, and an int8 model for a loop of one's own.
+Nothing heavy is imported before it is used.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from edgegt.hf import SelectionCallback
     from edgegt.options import RunOptions
     from edgegt.outlook import look_ahead
+    from edgegt.plain import Int8Trainable, load_int8_model
     from edgegt.profile import Profile, load_profile
     from edgegt.report import write_report
     from edgegt.run import run
+    from edgegt.trainer import Trained, Trainer
     from edgegt.use import evaluate_subject, generate_text
     from edgegt.version import __version__
 
@@ -28,16 +31,20 @@ _HOMES = {
     "BudgetError": "errors",
     "EdgegtError": "errors",
     "InputError": "errors",
+    "Int8Trainable": "plain",
     "Interrupted": "errors",
     "Profile": "profile",
     "RunOptions": "options",
     "SelectionCallback": "hf",
+    "Trained": "trainer",
+    "Trainer": "trainer",
     "__version__": "version",
     "evaluate_subject": "use",
     "examine": "doctor",
     "export_model": "export",
     "export_patch": "export",
     "generate_text": "use",
+    "load_int8_model": "plain",
     "load_profile": "profile",
     "look_ahead": "outlook",
     "run": "run",
@@ -48,16 +55,20 @@ __all__ = [
     "BudgetError",
     "EdgegtError",
     "InputError",
+    "Int8Trainable",
     "Interrupted",
     "Profile",
     "RunOptions",
     "SelectionCallback",
+    "Trained",
+    "Trainer",
     "__version__",
     "evaluate_subject",
     "examine",
     "export_model",
     "export_patch",
     "generate_text",
+    "load_int8_model",
     "load_profile",
     "look_ahead",
     "run",

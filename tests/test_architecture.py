@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "edgegt"
 # From the top. A module imports from its own layer or from those below; a folder counts as one module.
 LAYERS = {
-    "command line": "cli __main__",
+    "command line and Python": "cli __main__ trainer",
     "order": "run",
-    "stages": "calibrate full trainee recovery rounds held prepare use outlook survey doctor report export card",
+    "stages": "calibrate full trainee recovery rounds held prepare use outlook survey doctor report export card"
+    " plain hf floats",
     "parts of a run": "train signals recompute evaluate keeper checkpoint selection importance patch speed budget job"
     " pretrained merge",
     "model and data": "model pieces trace graph architecture classifier attention experts fused head loss optimizer"
