@@ -80,7 +80,7 @@ def prepare_model(model: Any) -> None:
     """
     from edgegt.pretrained import can_untie
 
-    if is_classifier(_described(model)) or not is_head_tied(model):
+    if not head_is_shared(model):
         return
     # Where the architecture can, the config of a saved model says then that its head is its own. Of a copy, because a
     # skeleton chooses its own attention in the config that it is made from.
@@ -88,6 +88,11 @@ def prepare_model(model: Any) -> None:
     untie_head(model)
     if apart:
         model.config.tie_word_embeddings = False
+
+
+def head_is_shared(model: Any) -> bool:
+    """Whether the model has a head, and it is the embedding's matrix."""
+    return not is_classifier(_described(model)) and is_head_tied(model)
 
 
 def costs_of(model: Any) -> FloatCosts:

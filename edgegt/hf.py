@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from edgegt.cost import BatchShape, Work
 from edgegt.errors import BudgetError, InputError
-from edgegt.floats import FloatCosts, checkpoints, choose, costs_of, importance_of, let_backward_end, prepare_model, train_only
+from edgegt.floats import FloatCosts, checkpoints, choose, costs_of, head_is_shared, importance_of, let_backward_end, prepare_model, train_only
 from edgegt.log import Log
 
 # As in a run of edgegt: rounds of a long run, and what is spent on measuring importance, of the budget and in rows.
@@ -79,6 +79,11 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Trace the model; go on with the selection of a checkpoint."""
         _check(args, model)
         _check_data(train_dataloader)
+        if head_is_shared(model):
+            raise InputError(
+                "the head is still the embedding's matrix: give SelectionCallback to Trainer(callbacks=[...]), which "
+                "asks it before the optimizer is made"
+            )
         let_backward_end(model)
         self._costs = costs_of(model)
         self._full, self._shapes = self._costs.full(), []
