@@ -25,6 +25,8 @@ ROUNDS, ROUNDS_FROM = 2, 40
 PROBE_SHARE, PROBE_ROWS = 0.05, (4, 64)
 # Batches that are drawn to know how long rows are; checks per run that what is spent still leads to the budget.
 SAMPLED, CHECKS = 8, 20
+# Batches whose shapes stand for those to come.
+RECENT = 64
 # Of rho: how much more may be foreseen before tensors are chosen anew, and what is kept for rows of other lengths.
 TOLERANCE, MARGIN = 0.005, 0.005
 
@@ -49,7 +51,6 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._costs: FloatCosts | None = None
         self._full = self._work = Work()
         self._before: dict[str, bool] = {}
-        self._shapes: list[BatchShape] = []
         self._hook: Any = None
         self._probing = False
 
@@ -86,12 +87,12 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             )
         let_backward_end(model)
         self._costs = costs_of(model)
-        self._full, self._shapes = self._costs.full(), []
+        self._full = self._costs.full()
         if not self._before:
             self._before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._check_optimizer(model, optimizer)
         if state.global_step == 0:
-            self.record = {"round": 0, "selected": [], "values": {}, "spent": 0, "full": 0}
+            self.record = {"round": 0, "selected": [], "values": {}, "spent": 0, "full": 0, "probe": 0, "shapes": []}
         else:
             saved = state.stateful_callbacks.get(type(self).__name__)
             if not saved:
@@ -142,6 +143,11 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             f"{len(self.selected)} tensors were trained in the last round"
         )
 
+    @property
+    def _shapes(self) -> list[BatchShape]:
+        """Of the last batches, or at first of some that were drawn."""
+        return [BatchShape(*shape) for shape in self.record["shapes"]]
+
     def _candidates(self) -> list[str]:
         assert self._costs is not None
         return [weight.name for weight in self._costs.table.weights if self._before[weight.name]]
@@ -151,7 +157,7 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             return
         assert self._costs is not None
         shape = self._costs.shape(inputs)
-        self._shapes = [*self._shapes[-63:], shape]
+        self.record["shapes"] = [*self.record["shapes"], [shape.rows, shape.tokens, shape.kept]][-RECENT:]
         self.record["spent"] += self._work.at(shape)
         self.record["full"] += self._full.at(shape)
 
@@ -169,9 +175,10 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         per_batch = max(2, min(args.train_batch_size, rows // 2))
         draw = random.Random(f"{args.seed}/probe/{self.record['round']}")
         batches = [_drawn(loader, per_batch, draw, args.device) for _ in range(max(1, rows // per_batch // 2))]
-        if not self._shapes:
+        if not self.record["shapes"]:
             more = (_drawn(loader, args.train_batch_size, draw, args.device)[0] for _ in range(SAMPLED))
-            self._shapes = [self._costs.shape(inputs) for inputs in more]
+            shapes = [self._costs.shape(inputs) for inputs in more]
+            self.record["shapes"] = [[shape.rows, shape.tokens, shape.kept] for shape in shapes]
         training, self._probing = model.training, True
         try:
             model.train()
