@@ -137,14 +137,20 @@ def test_what_is_not_chosen_does_not_move(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())  # as it was found
 
 
-def test_resumed_as_if_never_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("restored", [False, True], ids=["ours", "transformers"])
+def test_resumed_as_if_never_stopped(tmp_path: Path, restored: bool) -> None:
+    """With the callback's state taken from the checkpoint by itself, or by the Trainer, which makes a new callback."""
     whole = trainer_of(tmp_path, "llama", [SelectionCallback(rounds=2)], 24, save_strategy="steps", save_steps=8)
     whole.train()
     again = SelectionCallback(rounds=2)
-    resumed = trainer_of(tmp_path, "llama", [again], 24)
+    resumed = trainer_of(tmp_path, "llama", [again], 24, restore_callback_states_from_checkpoint=restored)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-    record = next(one for one in whole.callback_handler.callbacks if isinstance(one, SelectionCallback)).record
-    assert again.record == record
+    first, second = (
+        next(one for one in trainer.callback_handler.callbacks if isinstance(one, SelectionCallback))
+        for trainer in (whole, resumed)
+    )
+    assert (second is again) is not restored
+    assert first.record == second.record
     for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(one, other), name
 
