@@ -61,7 +61,9 @@ def collated(rows: list[dict[str, list[int]]], pad: int = 0) -> dict[str, torch.
     }  # fmt: skip
 
 
-def trained(arguments: argparse.Namespace, sides: list[list[dict[str, list[int]]]], rho: float | None) -> dict[str, Any]:
+def trained(
+    arguments: argparse.Namespace, sides: list[list[dict[str, list[int]]]], rho: float | None
+) -> dict[str, Any]:
     """One training, without the callback where rho is None: its FLOPs, held-out losses and seconds."""
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=torch.float32, attn_implementation="eager", local_files_only=True
@@ -72,7 +74,7 @@ def trained(arguments: argparse.Namespace, sides: list[list[dict[str, list[int]]
             model,
             TrainingArguments(
                 folder, max_steps=arguments.steps, per_device_train_batch_size=arguments.batch_size,
-                learning_rate=arguments.lr, warmup_steps=max(1, arguments.steps // 33), save_strategy="no",
+                learning_rate=arguments.lr_full if rho is None else arguments.lr, warmup_steps=max(1, arguments.steps // 33), save_strategy="no",
                 report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=arguments.steps, seed=arguments.seed,
                 activation_checkpointing=arguments.checkpointing, remove_unused_columns=False,
             ),
@@ -97,7 +99,8 @@ def main() -> None:
     parser.add_argument("--rho", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1.6e-3)
+    parser.add_argument("--lr", type=float, default=3.2e-3)
+    parser.add_argument("--lr-full", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpointing", action="store_true")
     arguments = parser.parse_args()
