@@ -1,8 +1,8 @@
 """A callback for transformers' Trainer: the float model as it is, with tensors selected under a FLOPs budget.
 
-The Trainer keeps its loop, optimizer, schedule and checkpoints. At the start of a round the callback measures importance
-on rows of the training set, plans, and sets `requires_grad`, so that autograd ends below the lowest chosen tensor;
-AdamW leaves out what has no gradient, and keeps the states of what may return. Every training forward is counted.
+The Trainer keeps its loop, optimizer, schedule and checkpoints. At the start of a round the callback measures
+importance on rows of the training set, plans, and sets `requires_grad`, so that autograd ends below the lowest chosen
+tensor; AdamW leaves out what has no gradient, and keeps the states of what may return. Every training forward counts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from transformers.trainer_callback import ExportableState
 
 from edgegt.cost import BatchShape, Work
 from edgegt.errors import BudgetError, InputError
-from edgegt.floats import FloatCosts, checkpoints, choose, costs_of, head_is_shared, importance_of, let_backward_end, prepare_model, train_only
+from edgegt.floats import (
+    FloatCosts,
+    checkpoints,
+    choose,
+    costs_of,
+    head_is_shared,
+    importance_of,
+    let_backward_end,
+    prepare_model,
+    train_only,
+)
 from edgegt.log import Log
 
 # As in a run of edgegt: rounds of a long run, and what is spent on measuring importance, of the budget and in rows.
@@ -74,8 +84,8 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         prepare_model(model)
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, train_dataloader: Any = None,
-        **_: Any,
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
+        train_dataloader: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Trace the model; go on with the selection of a checkpoint."""
         _check(args, model)
@@ -218,7 +228,7 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def _coming(self, args: Any, state: Any) -> int:
         """FLOPs of full training on the batches to come, if they are as long as those seen."""
-        batches = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
+        batches = int((state.max_steps - state.global_step) * args.gradient_accumulation_steps)
         return max(1, batches * self._full.total(self._shapes) // len(self._shapes))
 
     def _foreseen(self, args: Any, state: Any, later: int) -> bool:
@@ -229,7 +239,7 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return bool(spent > self.rho * (1 + TOLERANCE) * (self.record["full"] + coming))
 
     def _check_optimizer(self, model: Any, optimizer: Any) -> None:
-        """Raises: InputError when the optimizer was made before the model was prepared, and lacks what may be trained."""
+        """Raises: InputError when the optimizer lacks what may be trained, being made before the model was prepared."""
         there = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = [name for name in self._candidates() if id(model.get_parameter(name)) not in there]
         if missing:

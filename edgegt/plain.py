@@ -133,8 +133,8 @@ class Int8Trainable:
 def load_int8_model(model: str | Path, labels: Sequence[str] = ()) -> Int8Trainable:
     """A Hugging Face model folder or hub id in int8, on the GPU where there is one, with nothing selected yet.
 
-    labels: the classes, in the order of the logits, of a model that is to say the class of a text; a head that the files
-    lack is then selected from the beginning. Raises: InputError for a model that cannot be loaded.
+    labels: the classes, in the order of the logits, of a model that is to say the class of a text; a head that the
+    files lack is then selected from the beginning. Raises: InputError for a model that cannot be loaded.
     """
     name = str(model)
     source, config = open_source(name), read_config(name)

@@ -29,7 +29,7 @@ _GIVEN = ("model", "data", "eval_data")
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run reached, and what it took. flops_share: of full fine-tuning on the same batches; seconds: of it all."""
+    """What a run reached and took. flops_share: of full fine-tuning on the same batches; seconds: of the whole run."""
 
     folder: Path
     loss_before: float
@@ -44,10 +44,9 @@ class Trained:
         """What a finished run's folder says. Raises: InputError when it is none."""
         folder = RunFolder(path)
         measured, result = folder.read("run.json")["measured"], folder.read("eval.json")
-        return cls(
-            path, result["before"]["loss"], result["after"]["loss"], measured["flops"], measured.get("flops_ratio", 0.0),
-            measured["peak_bytes"], measured["elapsed_s"],
-        )  # fmt: skip
+        before, after = result["before"]["loss"], result["after"]["loss"]
+        share = measured.get("flops_ratio", 0.0)
+        return cls(path, before, after, measured["flops"], share, measured["peak_bytes"], measured["elapsed_s"])
 
 
 class Trainer:
@@ -85,7 +84,8 @@ class Trainer:
     @property
     def options(self) -> RunOptions:
         """The options of the run; rows in memory are written to their file where they are not there."""
-        return RunOptions(model=self._model, **{name: self._path(name) for name in self._datasets}, **self._options)
+        data, eval_data = self._path("data"), self._path("eval_data")
+        return RunOptions(model=self._model, data=data, eval_data=eval_data, **self._options)
 
     def plan(self) -> dict[str, Any]:
         """What would be trained and what it would cost, as `edgegt plan --json` says it; nothing is trained."""
@@ -98,16 +98,17 @@ class Trainer:
 
         Raises: InputError and BudgetError before anything is trained; Interrupted and EdgegtError as `run`.
         """
-        from edgegt import run as runs
+        from edgegt.run import resume as go_on
+        from edgegt.run import run
 
         options = self.options
         earlier = unfinished(options) if resume else None
         self._unfinished.update(self._written.values())
         try:
             if earlier is None:
-                self.folder = runs.run(options, self.log, "edgegt.Trainer")
+                self.folder = run(options, self.log, "edgegt.Trainer")
             else:
-                self.folder = runs.resume(earlier, self.log, "edgegt.Trainer")
+                self.folder = go_on(earlier, self.log, "edgegt.Trainer")
         finally:
             if unfinished(options) is None:
                 self._unfinished.clear()
@@ -181,7 +182,9 @@ def _line(row: Any, where: str) -> str:
     try:
         return json.dumps(dict(row), ensure_ascii=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{where} cannot be written as JSON ({error}): give texts, numbers, lists and dicts") from error
+        raise InputError(
+            f"{where} cannot be written as JSON ({error}): give texts, numbers, lists and dicts"
+        ) from error
 
 
 def _remove(written: Mapping[str, Path], unfinished_files: set[Path], log: Log) -> None:

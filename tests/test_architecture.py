@@ -9,6 +9,7 @@ import sys
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -140,5 +141,6 @@ def test_public_names_are_sorted_and_all_there() -> None:
     assert set(edgegt.__all__) == set(edgegt._HOMES)
     for name in edgegt.__all__:
         assert getattr(edgegt, name) is not None
+        assert not isinstance(getattr(edgegt, name), ModuleType), f"{name} is a module, also after it was imported"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         edgegt.nothing  # noqa: B018

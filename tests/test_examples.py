@@ -50,7 +50,9 @@ def test_trainer(tmp_path: Path) -> None:
 
 def test_hf_callback(tmp_path: Path) -> None:
     said = printed("hf_callback.py", tmp_path)
-    found = re.search(r"^([\d.]+)% of the FLOPs of full training, (\d+) tensors, the last round:\n(.*)", said, re.M | re.S)
+    found = re.search(
+        r"^([\d.]+)% of the FLOPs of full training, (\d+) tensors, the last round:\n(.*)", said, re.M | re.S
+    )
     assert found is not None
     assert 40 < float(found[1]) <= 50
     names = found[3].split()

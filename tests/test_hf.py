@@ -105,7 +105,8 @@ def test_half_of_the_flops_of_the_same_training(tmp_path: Path, capsys: pytest.C
     full, _ = counted(tmp_path, "llama", None, steps=40)
     selection = SelectionCallback(rho=0.5)
     spent, trainer = counted(tmp_path, "llama", selection, steps=40)
-    assert selection.record["full"] == full  # the same batches: measuring has drawn nothing from the Trainer's generators
+    # The same batches: measuring has drawn nothing from the Trainer's generators.
+    assert selection.record["full"] == full
     assert selection.record["spent"] == spent
     assert 0.4 * full < spent <= 0.5 * full
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]

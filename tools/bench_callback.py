@@ -56,9 +56,8 @@ def collated(rows: list[dict[str, list[int]]], pad: int = 0) -> dict[str, torch.
         return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
 
     there = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
-    return {
-        "input_ids": filled("input_ids", pad), "labels": filled("labels", IGNORE), "attention_mask": torch.tensor(there),
-    }  # fmt: skip
+    found = {"input_ids": filled("input_ids", pad), "labels": filled("labels", IGNORE)}
+    return found | {"attention_mask": torch.tensor(there)}
 
 
 def trained(
@@ -74,8 +73,9 @@ def trained(
             model,
             TrainingArguments(
                 folder, max_steps=arguments.steps, per_device_train_batch_size=arguments.batch_size,
-                learning_rate=arguments.lr_full if rho is None else arguments.lr, warmup_steps=max(1, arguments.steps // 33), save_strategy="no",
-                report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=arguments.steps, seed=arguments.seed,
+                learning_rate=arguments.lr_full if rho is None else arguments.lr, save_strategy="no",
+                warmup_steps=max(1, arguments.steps // 33), report_to=[], use_cpu=True,
+                disable_tqdm=True, logging_steps=arguments.steps, seed=arguments.seed,
                 activation_checkpointing=arguments.checkpointing, remove_unused_columns=False,
             ),
             train_dataset=sides[0], eval_dataset=sides[1], data_collator=collated,
