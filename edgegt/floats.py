@@ -73,21 +73,22 @@ class FloatCosts:
         return self.table.train_work(self.table.mask(names))
 
 
-def prepare_model(model: Any) -> None:
-    """Give a tied head a matrix of its own, as it has in every model that edgegt trains.
+def prepare_model(model: Any) -> bool:
+    """Give a tied head a matrix of its own, as it has in every model that edgegt trains; whether there was one.
 
     Raises: InputError when this is no model that can be traced.
     """
     from edgegt.pretrained import can_untie
 
     if not head_is_shared(model):
-        return
+        return False
     # Where the architecture can, the config of a saved model says then that its head is its own. Of a copy, because a
     # skeleton chooses its own attention in the config that it is made from.
     apart = can_untie(copy.deepcopy(model.config), model.config.to_dict())
     untie_head(model)
     if apart:
         model.config.tie_word_embeddings = False
+    return True
 
 
 def head_is_shared(model: Any) -> bool:

@@ -81,7 +81,8 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Before there is an optimizer: give a tied head a matrix of its own."""
         _check(args, model)
-        prepare_model(model)
+        if prepare_model(model):
+            self.log.say("edgegt: the head was the embedding's matrix and has one of its own now, to be trained apart")
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
@@ -268,7 +269,8 @@ def _check(args: Any, model: Any) -> None:
 
 def _reentrant(args: Any, model: Any) -> bool:
     """Whether checkpointed layers ask for an input with a gradient, which a frozen embedding does not give."""
-    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or {}
+    given = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the older name
+    kwargs = next((found for name in given if (found := getattr(args, name, None))), {})
     functions = (getattr(part, "_gradient_checkpointing_func", None) for part in model.modules())
     active = any(getattr(one, "keywords", {}).get("use_reentrant") for one in functions if one is not None)
     return bool(kwargs.get("use_reentrant")) or (active and checkpoints(model))

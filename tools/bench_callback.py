@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # after PYTHONPATH, which may name another copy
@@ -81,6 +81,7 @@ def trained(
             train_dataset=sides[0], eval_dataset=sides[1], data_collator=collated,
             callbacks=[counting] if selection is None else [selection, counting],
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         before = trainer.evaluate()["eval_loss"]
         started = time.perf_counter()
         trainer.train()
