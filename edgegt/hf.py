@@ -270,7 +270,7 @@ def _check(args: Any, model: Any) -> None:
 def _reentrant(args: Any, model: Any) -> bool:
     """Whether checkpointed layers ask for an input with a gradient, which a frozen embedding does not give."""
     given = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the older name
-    kwargs = next((found for name in given if (found := getattr(args, name, None))), {})
+    kwargs: Mapping[str, Any] = next((found for name in given if (found := getattr(args, name, None))), {})
     functions = (getattr(part, "_gradient_checkpointing_func", None) for part in model.modules())
     active = any(getattr(one, "keywords", {}).get("use_reentrant") for one in functions if one is not None)
     return bool(kwargs.get("use_reentrant")) or (active and checkpoints(model))
