@@ -36,7 +36,7 @@ PROBE_SHARE, PROBE_ROWS = 0.05, (4, 64)
 # Batches that are drawn to know how long rows are; checks per run that what is spent still leads to the budget.
 SAMPLED, CHECKS = 8, 20
 # Batches whose shapes stand for those to come.
-RECENT = 64
+RECENT = 16
 # Of rho: how much more may be foreseen before tensors are chosen anew, and what is kept for rows of other lengths.
 TOLERANCE, MARGIN = 0.005, 0.005
 
@@ -190,6 +190,7 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             more = (_drawn(loader, args.train_batch_size, draw, args.device)[0] for _ in range(SAMPLED))
             shapes = [self._costs.shape(inputs) for inputs in more]
             self.record["shapes"] = [[shape.rows, shape.tokens, shape.kept] for shape in shapes]
+            self.record["expected"] = self._full.total(shapes) // SAMPLED
         training, self._probing = model.training, True
         try:
             model.train()
@@ -228,9 +229,14 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._train(model)
 
     def _coming(self, args: Any, state: Any) -> int:
-        """FLOPs of full training on the batches to come, if they are as long as those seen."""
-        batches = int((state.max_steps - state.global_step) * args.gradient_accumulation_steps)
-        return max(1, batches * self._full.total(self._shapes) // len(self._shapes))
+        """FLOPs of full training on the batches to come: as long as the last, or what is left of a usual run's, if less.
+
+        Less is the safe side: what one counts on and does not come would have been spent already.
+        """
+        steps, shapes = state.max_steps - state.global_step, self._shapes
+        alike = steps * args.gradient_accumulation_steps * self._full.total(shapes) // len(shapes)
+        usual = state.max_steps * args.gradient_accumulation_steps * self.record["expected"] - self.record["full"]
+        return int(max(1, min(alike, usual) if 4 * usual > alike else alike // 4))
 
     def _foreseen(self, args: Any, state: Any, later: int) -> bool:
         """Whether more than rho would be spent at the end, if it went on like this."""

@@ -129,6 +129,27 @@ def test_other_models_and_settings(tmp_path: Path, family: str, options: dict[st
     assert 0.3 < selection.share <= 0.5
 
 
+class InOrder(Trainer):  # type: ignore[misc]
+    """Rows in the order that they have."""
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.parametrize("longest_first", [False, True])
+def test_batches_that_are_not_as_the_first_ones(tmp_path: Path, longest_first: bool) -> None:
+    """Rows that grow from 4 to 44 tokens, or shrink: what is left for the rest is foreseen and corrected."""
+    draw, selection = random.Random(0), SelectionCallback(rho=0.7)
+    rows = [{"input_ids": [draw.randrange(3, VOCABULARY) for _ in range(4 + number // 4)]} for number in range(160)]
+    rows = [row | {"labels": row["input_ids"]} for row in (reversed(rows) if longest_first else rows)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=40, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    InOrder(model_of("llama"), arguments, train_dataset=rows, data_collator=collate, callbacks=[selection]).train()
+    assert 0.6 < selection.share < 0.72
+
+
 def test_what_is_not_chosen_does_not_move(tmp_path: Path) -> None:
     selection = SelectionCallback(rho=0.5, rounds=1)
     trainer = trainer_of(tmp_path, "gpt2", [selection], weight_decay=0.1)
