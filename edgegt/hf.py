@@ -229,9 +229,9 @@ class SelectionCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._train(model)
 
     def _coming(self, args: Any, state: Any) -> int:
-        """FLOPs of full training on the batches to come: as long as the last, or what is left of a usual run's, if less.
+        """FLOPs of full training on the batches to come: if they are as long as the last, or what a usual run has left.
 
-        Less is the safe side: what one counts on and does not come would have been spent already.
+        Of both the smaller: what one counts on and does not come would have been spent already.
         """
         steps, shapes = state.max_steps - state.global_step, self._shapes
         alike = steps * args.gradient_accumulation_steps * self._full.total(shapes) // len(shapes)
