@@ -15,10 +15,10 @@ from edgegt import home
 tokenizer = AutoTokenizer.from_pretrained(home.MODEL)
 model = edgegt.load_int8_model(home.MODEL)
 model.select(["lm_head.weight", *(name for name in model.names if ".layers.5." in name)])
-optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=3e-4, weight_decay=0.0)
+optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=5e-4, weight_decay=0.0)
 
 losses = []
-for line in home.TRAIN.read_text(encoding="utf-8").splitlines()[:200]:
+for line in home.TRAIN.read_text(encoding="utf-8").splitlines()[:100]:
     row = json.loads(line)
     prompt, completion = (tokenizer(row[side])["input_ids"] for side in ("prompt", "completion"))
     ids = torch.tensor([[*prompt, *completion, tokenizer.eos_token_id]])
