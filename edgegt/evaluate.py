@@ -10,6 +10,8 @@ import torch
 
 from edgegt.architecture import is_encoder_decoder, positions_of
 from edgegt.data import Example, Row, collate
+from edgegt.decoding import LEAST_TOKENS
+from edgegt.engine import empty_cache
 from edgegt.loss import class_logits, supervised_loss
 
 
@@ -93,9 +95,6 @@ def score_words(before: Mapping[str, Any], after: Mapping[str, Any] | None = Non
     return said
 
 
-LEAST_TOKENS = 16
-
-
 @torch.no_grad()
 def answer(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, batch_size: int, device: torch.device
@@ -127,7 +126,7 @@ def answer(
             first = 0 if pairs else width - len(prompts[index])
             ids[row, first : first + len(prompts[index])] = torch.tensor(prompts[index])
             mask[row, first : first + len(prompts[index])] = 1
-        cache = {"past_key_values": _pair_cache()} if pairs else {}
+        cache = {"past_key_values": empty_cache(model.config)} if pairs else {}
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens, do_sample=False,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, **cache,
@@ -136,13 +135,6 @@ def answer(
         for index, text in zip(part, texts, strict=True):
             answers[index] = text
     return answers
-
-
-def _pair_cache() -> Any:
-    """An empty cache that grows: that of `generate` has the encoder's number of layers, whatever the decoder's is."""
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
 def exact_match(answers: Sequence[str], rows: Sequence[Row]) -> float:

@@ -351,7 +351,7 @@ def write_config(base: Pretrained, patch: Patch, folder: Path, dtype: str | None
     if dtype is not None:
         changes["dtype" if "dtype" in tree else "torch_dtype"] = dtype
     if base.tied and base.head in patch.names:
-        if can_untie(base, tree):
+        if can_untie(base.config, tree):
             changes["tie_word_embeddings"] = False
         else:
             done.notes.append(

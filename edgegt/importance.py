@@ -51,7 +51,7 @@ class _Probe:
         for start in range(0, dy.shape[1], rows):
             part = slice(start, start + rows)
             g_a, g_b = dy[:half, part].t() @ left[0], dy[half:, part].t() @ left[1]
-            total += _agreement(g_a, g_b)
+            total += agreement(g_a, g_b)
         self.sums[name] += float(total)
 
 
@@ -87,14 +87,15 @@ def importance(
                     before[name] = gradient
                 else:
                     g_a, g_b = before.pop(name), gradient
-                    vectors[name] += float(_agreement(g_a, g_b))
+                    vectors[name] += float(agreement(g_a, g_b))
     # Halves of a batch hold half of its tokens, so their gradients of its mean are half of those of their own means.
     found = {name: value / len(batches) for name, value in probe.sums.items()}
     found |= {name: value / len(batches) for name, value in vectors.items()}
     return {name: max(0.0, found.get(name, 0.0)) for name in (*model.linears, *model.vectors)}
 
 
-def _agreement(g_a: torch.Tensor, g_b: torch.Tensor) -> torch.Tensor:
+def agreement(g_a: torch.Tensor, g_b: torch.Tensor) -> torch.Tensor:
+    """sum g_A sign(g_B) + sum g_B sign(g_A): twice the importance that both gradients of one tensor say."""
     return (g_a * g_b.sign()).sum() + (g_b * g_a.sign()).sum()
 
 
@@ -135,7 +136,7 @@ def _head_statistic(model: Int8Model, seen: _Seen, head_rows: torch.Tensor | Non
             gradient = mapped.sub_(seen.lse[:, None]).exp_().sub_((seen.labels[:, None] == ids[part]).to(torch.float32))
             gradient = change.back_(gradient, tanh)
             model.meter.add("probe_dw", 2 * gradient.numel() * width)
-            total += _agreement(gradient[: seen.half].t() @ x[: seen.half], gradient[seen.half :].t() @ x[seen.half :])
+            total += agreement(gradient[: seen.half].t() @ x[: seen.half], gradient[seen.half :].t() @ x[seen.half :])
     return float(total)
 
 

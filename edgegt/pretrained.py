@@ -133,8 +133,8 @@ def name_of_new_head(base: Pretrained) -> str:
     return str(name)
 
 
-def can_untie(base: Pretrained, tree: Mapping[str, Any]) -> bool:
-    """Whether `tie_word_embeddings: false` in this config.json parts the head from the embedding and nothing else.
+def can_untie(config: Any, tree: Mapping[str, Any]) -> bool:
+    """Whether `tie_word_embeddings: false` in this config.json (`tree`) parts the head from the embedding and no more.
 
     Not so where the config ignores it (T5), or where it would part an encoder's and a decoder's embedding too (BART):
     there transformers sees from the files that the head is another one.
@@ -144,7 +144,7 @@ def can_untie(base: Pretrained, tree: Mapping[str, Any]) -> bool:
     from edgegt.architecture import is_head_tied, untie_head
 
     changed = {key: value for key, value in tree.items() if key != "model_type"} | {"tie_word_embeddings": False}
-    parted, kept = skeleton(AutoConfig.for_model(tree["model_type"], **changed)), skeleton(base.config)
+    parted, kept = skeleton(AutoConfig.for_model(tree["model_type"], **changed)), skeleton(config)
     if is_head_tied(parted):
         return False
     untie_head(kept)

@@ -1,160 +1,28 @@
-"""A finished model in use: evaluation and text from a run folder, or from a base with a patch."""
+"""`edgegt eval`: held-out loss and scores of answers, of a run folder or of a base with a patch."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgegt import home
 from edgegt.errors import InputError
 from edgegt.folder import RunFolder
 from edgegt.log import Log
 from edgegt.metrics import asks, parse_metrics, score
 from edgegt.options import DATA_FORMATS, RunOptions
+from edgegt.sampling import Sampling
+from edgegt.subject import Subject, load_subject
+from edgegt.talk import Wanted, engine_of, nowhere, reply
 from edgegt.units import format_text
 
 if TYPE_CHECKING:
-    from edgegt.data import Example, Reading
+    from edgegt.data import Example
 
 # Of `edgegt eval --metrics`: rows that are answered unless told, and new tokens of an answer at most.
 ANSWERED_ROWS = 128
 ANSWER_TOKENS = 128
-# Of `edgegt generate`, unless told.
-NEW_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated: the model as a module, its tokenizer, and the run it came from, if any."""
-
-    module: Any
-    tokenizer: Any
-    device: Any
-    options: RunOptions | None
-    separator: str
-    labels: tuple[str, ...] = ()
-
-    @property
-    def start(self) -> int | None:
-        """Of an encoder-decoder, what its decoder begins with."""
-        from edgegt.architecture import decoder_start
-
-        return decoder_start(self.module.config)
-
-    @property
-    def reading(self) -> Reading | None:
-        """How rows are read for classification; None of a language model."""
-        from edgegt.classifier import reading_of
-
-        return reading_of(self.module.config, self.labels) if self.labels else None
-
-    @property
-    def positions(self) -> int | None:
-        """How many tokens a row may have."""
-        from edgegt.architecture import positions_of
-        from edgegt.classifier import classifier_positions
-
-        return (classifier_positions if self.labels else positions_of)(self.module.config)
-
-
-def load_subject(run: str | None, model: str | None, patch: str | None) -> Subject:
-    """A run's personalised model, or --model with or without --patch, in int8.
-
-    Raises: InputError when neither or both are named, or when they do not fit together.
-    """
-    if (run is None) == (model is None):
-        raise InputError("name a run folder, or a model with --model (and --patch): exactly one of the two")
-    if run is None:
-        assert model is not None
-        return _loaded(model, Path(patch) if patch else None, None, None)
-    if patch is not None:
-        raise InputError("--patch goes with --model; a run folder brings its own")
-    folder = RunFolder(Path(run))
-    about, options = folder.read("run.json"), folder.options()
-    try:
-        directory, separator = str(about["model"]["directory"]), about["data"].get("separator")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder.path / 'run.json'} is damaged (no {error}): run `edgegt run` again") from error
-    return _loaded(directory, folder.patch, options, _separator(options) if separator is None else str(separator))
-
-
-def _loaded(name: str, patch: Path | None, options: RunOptions | None, separator: str | None) -> Subject:
-    import torch
-
-    from edgegt.cache import cache_dir
-    from edgegt.classifier import as_classifier, check_writes, known_labels
-    from edgegt.model import load_int8
-    from edgegt.patch import apply_patch, patch_labels, read_patch
-    from edgegt.prepare import choose_kernels
-    from edgegt.source import load_tokenizer, open_source, read_config
-
-    about = read_patch(patch)[1] if patch is not None else {}
-    source, config = open_source(name), read_config(name)
-    labels = patch_labels(patch, about) if patch is not None else known_labels(config)
-    if labels:
-        config = as_classifier(config, labels, 0, source.files)
-    else:
-        check_writes(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kernels = choose_kernels(device, Log())
-    model = load_int8(config, source, cache_dir(), kernels.backend, device)
-    if patch is not None:
-        about = apply_patch(model, patch)
-        separator = about.get("separator", "") if separator is None else separator
-    return Subject(model.module, load_tokenizer(source.directory, not labels), device, options, separator or "", labels)
-
-
-def generate_text(run: str | None, model: str | None, patch: str | None, prompt: str, tokens: int | None) -> str:
-    """The greedy answer to one prompt, of 64 tokens at most unless told; of a classifier the label of the text."""
-    from edgegt.data import BY_TEMPLATE, Row, Turn, tokenize
-    from edgegt.evaluate import answer
-
-    if tokens is not None and tokens < 1:
-        raise InputError(f"--tokens {tokens} is out of range: give a positive whole number")
-    subject = load_subject(run, model, patch)
-    if subject.reading is not None:
-        if tokens is not None:
-            raise InputError("--tokens is for answers in words, and this is a classification: leave it out")
-        return _label_of(subject, prompt)
-    if subject.options is not None and subject.options.data is None:
-        prompt = home.as_prompt(prompt)
-    # The prompt as training saw it, with the separator before a completion; the completion itself is cut off again.
-    if subject.separator == BY_TEMPLATE:
-        row = Row.of_turns((Turn("user", prompt), Turn("assistant", "x")), 1)
-    else:
-        apart = prompt[-1:].isspace() or not prompt or subject.start is not None
-        separator = "" if apart else subject.separator
-        row = Row(prompt + separator, " x", 1)
-    example = tokenize([row], subject.tokenizer, 1 << 20, start=subject.start)[0][0]
-    most = tokens or NEW_TOKENS
-    return answer(subject.module, subject.tokenizer, [example.prompt], most, 1, subject.device)[0].strip()
-
-
-def _label_of(subject: Subject, text: str) -> str:
-    """The class that a classifier finds a text to be of."""
-    from edgegt.data import Row, labelled
-    from edgegt.evaluate import says
-    from edgegt.prepare import pad_of
-
-    if not text.strip():
-        raise InputError("the text is empty: give one whose class is to be said")
-    assert subject.reading is not None
-    row, most = Row(text, subject.labels[0], 1), subject.positions or 1 << 20
-    examples, _ = labelled([row], subject.tokenizer, most, subject.labels, subject.reading)
-    return says(subject.module, examples, subject.labels, pad_of(subject.tokenizer), 1, subject.device)[0]
-
-
-def _separator(options: RunOptions) -> str:
-    """What stood between prompt and completion in the run's own data, for a run folder that does not say it."""
-    from edgegt.job import read_sources
-
-    data = str(home.TRAIN) if options.data is None else options.data
-    if not Path(data).exists():
-        return "\n"
-    return read_sources(dataclasses.replace(options, data=data))[0].rows[0].separator
 
 
 def evaluate_subject(
@@ -169,8 +37,11 @@ def evaluate_subject(
     metrics: str | None = None,
     answers: int | None = None,
     tokens: int | None = None,
+    onnx: str | None = None,
 ) -> dict[str, Any]:
     """Loss, perplexity, tokens and rows on --data, or on the rows that the run held out; and the scores of answers.
+
+    onnx: a folder of ONNX files that stands for the model, of a run or with --data.
 
     columns, layout, max_length: how `data` is read; by default as the run read its own (a model alone: 512 tokens).
     metrics: names of `metrics.METRICS`, divided by commas; answers: rows that are answered for them, spread evenly
@@ -181,8 +52,8 @@ def evaluate_subject(
     from edgegt.job import read_corpus, within_positions
     from edgegt.prepare import pad_of
 
-    if data is None and run is None and model is not None:
-        raise InputError("--model needs --data: give the file to evaluate on")
+    if data is None and run is None and (model or onnx):
+        raise InputError(f"--{'model' if model else 'onnx'} needs --data: give the file to evaluate on")
     if data is None and (columns is not None or layout is not None or max_length is not None):
         raise InputError(
             "--columns, --format and --max-length go with --data: held-out rows are read as the run read them"
@@ -202,7 +73,7 @@ def evaluate_subject(
     layout = "classification" if labels else layout or (own.format if columns is None else None)
     skip = skip_bad_rows or own.skip_bad_rows
     source = read_rows(Path(data), parse_columns(wanted, labels) if wanted else None, skip, layout) if data else None
-    subject = load_subject(run, model, patch)
+    subject = load_subject(run, model, patch, onnx)
     if source is not None:
         longest = dataclasses.replace(own, max_length=max_length or own.max_length)
         most = within_positions(longest, subject.positions).max_length
@@ -257,8 +128,6 @@ def answered(
     subject: Subject, asked: Sequence[Example], names: Sequence[str], tokens: int | None, scores: dict[str, Any]
 ) -> dict[str, Any]:
     """How many rows were answered with how many new tokens at most, and `scores` with those of the answers."""
-    from edgegt.evaluate import answer
-
     references = [tuple(dict.fromkeys((one.row.completion, *one.row.references))) for one in asked]
     if tokens is None:
         written = [text for right in references for text in right]
@@ -266,10 +135,21 @@ def answered(
         tokens = min(ANSWER_TOKENS, longest + 8)
     prompts = list(dict.fromkeys(one.prompt for one in asked))
     Log().say(f"answering {len(asked)} rows with at most {tokens} new tokens each")
-    answers = answer(subject.module, subject.tokenizer, prompts, tokens, 16, subject.device)
+    answers = _answers(subject, prompts, tokens)
     said = dict(zip(prompts, answers, strict=True))
     found = score(names, [said[one.prompt].strip() for one in asked], references)
     return {"answers": len(asked), "answer_tokens": tokens, "scores": scores | found}
+
+
+def _answers(subject: Subject, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[str]:
+    """The greedy answers, of PyTorch several at a time."""
+    from edgegt.evaluate import answer
+    from edgegt.onnx.module import OnnxModule
+
+    if not isinstance(subject.module, OnnxModule):
+        return answer(subject.module, subject.tokenizer, prompts, tokens, 16, subject.device)
+    engine, wanted = engine_of(subject), Wanted(tokens)
+    return [reply(engine, subject.tokenizer, one, wanted, Sampling(), nowhere).text for one in prompts]
 
 
 def _checked_metrics(metrics: str | None, answers: int | None, tokens: int | None) -> tuple[str, ...]:

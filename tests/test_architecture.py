@@ -9,6 +9,7 @@ import sys
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,11 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "edgegt"
 # From the top. A module imports from its own layer or from those below; a folder counts as one module.
 LAYERS = {
-    "command line": "cli __main__",
+    "command line and Python": "cli __main__ trainer",
+    "comparison": "comparison",
     "order": "run",
-    "stages": "calibrate full trainee recovery rounds held prepare use outlook survey doctor report export card",
+    "stages": "calibrate full trainee recovery rounds held prepare subject use talk conversation outlook survey doctor"
+    " report export card onnx plain hf floats",
     "parts of a run": "train signals recompute evaluate keeper checkpoint selection importance patch speed budget job"
-    " pretrained merge",
+    " pretrained merge decoding engine sampling detokenize",
     "model and data": "model pieces trace graph architecture classifier attention experts fused head loss optimizer"
     " flops store source data quant native",
     "surroundings": "folder log guard watch pacing sensors home process tensorboard",
@@ -139,6 +142,7 @@ def test_public_names_are_sorted_and_all_there() -> None:
     assert set(edgegt.__all__) == set(edgegt._HOMES)
     for name in edgegt.__all__:
         assert getattr(edgegt, name) is not None
+        assert not isinstance(getattr(edgegt, name), ModuleType), f"{name} is a module, also after it was imported"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         edgegt.nothing  # noqa: B018
 

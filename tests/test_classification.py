@@ -30,8 +30,10 @@ from edgegt.patch import apply_patch, read_patch
 from edgegt.quant import dequantize
 from edgegt.run import resume, run
 from edgegt.source import load_tokenizer, open_source, read_config
+from edgegt.subject import load_subject
 from edgegt.survey import survey, survey_text
-from edgegt.use import evaluate_subject, generate_text, load_subject
+from edgegt.talk import generate_text
+from edgegt.use import evaluate_subject
 from test_families import Exact
 from tiny_models import CPU
 

@@ -22,8 +22,8 @@ from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
 from edgegt.options import RunOptions
 from edgegt.patch import apply_patch, open_patch, save_patch
+from edgegt.subject import load_subject
 from edgegt.trace import trace
-from edgegt.use import load_subject
 from tiny_models import CPU, EVERY, FAMILIES, VOCABULARY, batch_of, float_model, load, logits_of, save_model, start_of
 
 

@@ -16,7 +16,8 @@ from edgegt.cli import main
 from edgegt.data import Example, Row
 from edgegt.errors import InputError
 from edgegt.metrics import METRICS, _RougeWords, asks, normalised, parse_metrics, score, token_f1
-from edgegt.use import generate_text, questions
+from edgegt.talk import generate_text
+from edgegt.use import questions
 from runs import STORIES
 
 ALL = tuple(METRICS)

@@ -268,10 +268,10 @@ def products(kernels: Kernels) -> Kernels:
     return kernels
 
 
-# Below, at and above a tile, a panel, a strip, the depth of a block (1536) and the height of a task (512).
+# Below, at and above a tile, a panel, a strip, the depth of a block (1536) and the height of a task (512); single rows.
 SIZES = [
     (1, 1, 1), (12, 32, 4), (13, 33, 5), (11, 31, 3), (70, 150, 90), (7, 40, 1536), (9, 65, 1537), (25, 20, 4000),
-    (600, 34, 1600), (130, 700, 260), (0, 4, 4), (4, 0, 4), (4, 4, 0),
+    (600, 34, 1600), (130, 700, 260), (0, 4, 4), (4, 0, 4), (4, 4, 0), (1, 37, 70), (1, 32, 64), (1, 601, 1539),
 ]  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def test_products_are_the_exact_sums_times_their_scales(products: Kernels, size:
     assert close(after, expected + before.double())
 
 
-@pytest.mark.parametrize("size", [(70, 150, 90), (600, 34, 1600), (1024, 576, 64)], ids=str)
+@pytest.mark.parametrize("size", [(70, 150, 90), (600, 34, 1600), (1024, 576, 64), (1, 601, 1539)], ids=str)
 def test_products_have_the_same_bits_on_every_number_of_threads(products: Kernels, size: tuple[int, int, int]) -> None:
     n, m, k = size
     a, b, low = integers(n, k), integers(m, k, seed=1), integers(m, k, seed=2)
@@ -312,8 +312,18 @@ def test_products_have_the_same_bits_on_every_number_of_threads(products: Kernel
 
 def test_products_of_the_largest_integers_do_not_overflow(products: Kernels) -> None:
     a, b = torch.full((3, 70_000), -127, dtype=torch.int8), torch.full((5, 70_000), 127, dtype=torch.int8)
-    y = products.multiply(a, torch.ones(3), b, torch.ones(5))
-    assert torch.equal(y, torch.full((3, 5), -127.0 * 127 * 70_000))
+    for rows in (3, 1):
+        y = products.multiply(a[:rows], torch.ones(rows), b, torch.ones(5))
+        assert torch.equal(y, torch.full((rows, 5), -127.0 * 127 * 70_000))
+
+
+def test_a_single_row_has_the_bits_that_it_has_among_others(products: Kernels) -> None:
+    a, b, low = integers(5, 1100), integers(333, 1100, seed=1), integers(333, 1100, seed=2)
+    scale, columns = drawn(5, seed=3), drawn(333, seed=4)
+    for more in (None, low):
+        together = products.multiply(a, scale, b, columns, more)
+        alone = [products.multiply(a[row : row + 1], scale[row : row + 1], b, columns, more) for row in range(5)]
+        assert torch.equal(torch.cat(alone), together)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (257, 300)])

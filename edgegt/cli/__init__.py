@@ -18,16 +18,18 @@ from edgegt.cli.completion import add_completion
 from edgegt.cli.exporting import add_export, add_patch
 from edgegt.cli.machine import add_cache, add_calibrate, add_devices, add_doctor
 from edgegt.cli.parser import Parser
+from edgegt.cli.talking import add_chat, add_generate
 from edgegt.cli.training import add_data, add_plan, add_run
-from edgegt.cli.using import add_eval, add_generate, add_report
+from edgegt.cli.using import add_eval, add_report
 from edgegt.errors import EdgegtError, InputError, is_out_of_memory, nearest
 from edgegt.process import share_the_machine
 from edgegt.version import __version__
 
 _COMMANDS = {
     "run": add_run, "plan": add_plan, "data": add_data, "devices": add_devices, "report": add_report,
-    "compare": add_compare, "eval": add_eval, "generate": add_generate, "export": add_export, "patch": add_patch,
-    "doctor": add_doctor, "calibrate": add_calibrate, "cache": add_cache, "completion": add_completion,
+    "compare": add_compare, "eval": add_eval, "generate": add_generate, "chat": add_chat, "export": add_export,
+    "patch": add_patch, "doctor": add_doctor, "calibrate": add_calibrate, "cache": add_cache,
+    "completion": add_completion,
 }  # fmt: skip
 
 

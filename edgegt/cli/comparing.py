@@ -29,7 +29,7 @@ def add_compare(commands: Any, name: str) -> None:
         "rhos": "FLOPs of a step as fractions of full fine-tuning's, for those that keep to one (default: 0.5)",
         "seeds": "how often each is trained, with seeds 0, 1, ... (default: 3)",
         "equal": f"what all may spend as much of as full fine-tuning: {', '.join(EQUAL)} (default: flops)",
-        "rates": "learning rates: a rates.toml, or 'stored' for those of the package (default: found on validation rows)",
+        "rates": "learning rates: a rates.toml, or 'stored': the package's (default: found on validation rows)",
         "grid": "learning rates tried, as factors of 0.4 / hidden size (default: 0.5,1,2,4)",
         "tune_steps": "steps of full fine-tuning when rates are tried (default: half)",
         "rows": "rows of training at most (default: all)",

@@ -1,4 +1,4 @@
-"""`edgegt report`, `eval` and `generate`: what is done with a run."""
+"""`edgegt report` and `edgegt eval`: what is done with a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from edgegt.cli.parser import print_json
-from edgegt.errors import InputError
 from edgegt.metrics import METRICS
 
 
@@ -36,6 +35,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
 def add_eval(commands: Any, name: str) -> None:
     parser = commands.add_parser(name, help="held-out loss of a run or of a model with a patch", prog="edgegt eval")
     _add_subject(parser)
+    parser.add_argument("--onnx", metavar="DIR", help="ONNX files, of a run or with --data, instead of PyTorch")
     parser.add_argument("--data", help="file to evaluate on (default: the run's held-out rows)")
     parser.add_argument("--columns", help="which fields of --data to read, such as prompt=mr,completion=ref")
     parser.add_argument(
@@ -57,7 +57,7 @@ def _eval(parsed: argparse.Namespace) -> int:
 
     numbers = evaluate_subject(
         parsed.run, parsed.model, parsed.patch, parsed.data, parsed.columns, parsed.max_length, parsed.skip_bad_rows,
-        parsed.format, parsed.metrics, parsed.answers, parsed.tokens,
+        parsed.format, parsed.metrics, parsed.answers, parsed.tokens, parsed.onnx,
     )  # fmt: skip
     if parsed.json:
         print_json(numbers)
@@ -74,28 +74,3 @@ def _eval(parsed: argparse.Namespace) -> int:
 
 def _number(value: Any, digits: int) -> str:
     return "too large" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-
-
-def add_generate(commands: Any, name: str) -> None:
-    about = "answer a prompt with a run or a model with a patch"
-    parser = commands.add_parser(name, help=about, prog="edgegt generate")
-    parser.add_argument("words", nargs="*", metavar="[RUN] PROMPT", help="run folder (unless --model) and the prompt")
-    parser.add_argument("--model", help="model directory or hub id, instead of a run folder")
-    parser.add_argument("--patch", help="patch.safetensors to put into --model")
-    parser.add_argument("--tokens", type=int, help="new tokens at most (default: 64)")
-    parser.set_defaults(handler=_generate)
-
-
-def _generate(parsed: argparse.Namespace) -> int:
-    wanted = 1 if parsed.model else 2
-    if len(parsed.words) != wanted:
-        shape = "PROMPT with --model" if parsed.model else "RUN PROMPT"
-        raise InputError(
-            f"`edgegt generate` takes {shape}, and got {len(parsed.words)} word(s): name the run folder, and quote "
-            "the prompt"
-        )
-    from edgegt.use import generate_text
-
-    run_folder = None if parsed.model else parsed.words[0]
-    print(generate_text(run_folder, parsed.model, parsed.patch, parsed.words[-1], parsed.tokens))
-    return 0

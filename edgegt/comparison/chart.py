@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex as hex_of
 from matplotlib.figure import Figure
 
 from edgegt.comparison.table import Result, grouped, mean_and_spread, metric_names
@@ -24,14 +27,16 @@ COSTS: dict[str, Value] = {
 }
 WIDTH, HEIGHT = 1080, 330
 OURS = "edgegt"
+MARKERS = "osv^<>pPX*hd"
+COLOURS = tuple(hex_of(colour) for colour in colormaps["tab10"](range(10)))
 
 
 def write_chart(results: Sequence[Result], path: Path) -> Path:
-    """Write the chart as a PNG, whole or not at all; returns the path. Raises: EdgegtError when it cannot be written."""
+    """Write the chart as a PNG, whole or not at all; returns the path. Raises: EdgegtError when it cannot be."""
     goods: dict[str, Value] = {"held-out loss": lambda one: one["loss"]}
     for name in metric_names(results)[:1]:
         if all(name in one["metrics"] for one in results):
-            goods[name] = lambda one, name=name: one["metrics"][name]  # type: ignore[misc]
+            goods[name] = partial(_score, name=name)
     figure = Figure(figsize=(WIDTH / 72, HEIGHT * len(goods) / 72), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(goods), len(COSTS), squeeze=False)
@@ -42,6 +47,8 @@ def write_chart(results: Sequence[Result], path: Path) -> Path:
             axes.set_xlabel(cost, color=LIGHT[MUTED])
             if place == 0:
                 axes.set_ylabel(good, color=LIGHT[MUTED])
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, labelcolor=LIGHT[INK])
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         figure.savefig(temporary, format="png", dpi=144, facecolor=LIGHT[PALE])
@@ -52,20 +59,29 @@ def write_chart(results: Sequence[Result], path: Path) -> Path:
     return path
 
 
+def _score(one: Result, name: str) -> float:
+    return float(one["metrics"][name])
+
+
 def _draw(axes: Axes, results: Sequence[Result], width: Value, height: Value) -> None:
-    """One point per strategy and rho at the means over seeds, with bars of one standard deviation."""
+    """Per strategy a line over its rhos, at the means over seeds, with bars of one standard deviation."""
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(length=0, colors=LIGHT[MUTED])
     axes.grid(color=LIGHT[LINE], linewidth=1)
     axes.set_axisbelow(True)
-    for (strategy, rho), seeds in grouped(results).items():
-        (x, wide), (y, high) = (mean_and_spread([value(one) for one in seeds]) for value in (width, height))
-        colour = LIGHT[ACCENT if strategy == OURS else INK]
+    lines: dict[str, list[list[Result]]] = {}
+    for (strategy, _), seeds in grouped(results).items():
+        lines.setdefault(strategy, []).append(seeds)
+    for index, (strategy, points) in enumerate(lines.items()):
+        ours = strategy == OURS
+        (x, wide), (y, high) = (
+            zip(*(mean_and_spread([value(one) for one in seeds]) for seeds in points), strict=True)
+            for value in (width, height)
+        )
         axes.errorbar(
-            x, y, xerr=wide, yerr=high, marker="D" if strategy == OURS else "o", markersize=7, color=colour,
-            elinewidth=1.2, zorder=4 if strategy == OURS else 3,
+            x, y, xerr=wide, yerr=high, marker="D" if ours else MARKERS[index % len(MARKERS)], markersize=8,
+            label=strategy, color=LIGHT[ACCENT] if ours else COLOURS[index % len(COLOURS)], linewidth=1.2, elinewidth=1.2,
+            alpha=0.85, zorder=4 if ours else 3,
         )  # fmt: skip
-        name = strategy if rho is None else f"{strategy} {rho:g}"
-        axes.annotate(name, (x, y), xytext=(6, 5), textcoords="offset points", color=colour, fontsize=9)
-    axes.margins(0.16)
+    axes.margins(0.12)

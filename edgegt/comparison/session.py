@@ -1,7 +1,7 @@
 """A comparison from its first job to its table: what costs how much, which learning rates, and then every contender.
 
-Each job runs in a process of its own, so that its peak memory is its own, and leaves a file when it ends; those that are
-there are not done again. This process stays light: it knows no torch.
+Each job runs in a process of its own, so that its peak memory is its own, and leaves a file when it ends; one that is
+there is not done again. This process stays light: it knows no torch.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ class _Session:
                 steps = steps_of(self.request.equal, first.steps, here, running[name, rho])
                 job = self._job(TRAIN, one, seed, rho, steps, factors[name] * first.default_lr, first)
                 found = self._done(job)
-                results += [found] if found else []
+                if found:
+                    spends = found["flops_of_full"] if self.request.equal == "steps" else here.at(first.steps)
+                    results.append(found | {"budget_flops": spends})
                 self.log.say(f"{len(results)}/{total} {_line(found) if found else job.name + ': failed'}")
         return self._written(results, first)
 
@@ -155,7 +157,8 @@ class _Session:
         factors: dict[str, float] = {}
         fewer = self.request.tune_steps or max(1, full.steps // 2)
         for one in contenders:
-            rho = middle([key[1] for key in paces if key[0] == one.name and key[1] is not None]) if one.budgeted else None
+            rhos = [rho for name, rho in paces if name == one.name and rho is not None]
+            rho = middle(rhos) if rhos else None
             steps = steps_of(self.request.equal, fewer, full, paces[one.name, rho])
 
             def loss_of(
@@ -230,7 +233,7 @@ class _Session:
             seconds_of(steps_of(self.request.equal, first.steps, first, pace), first, pace) for pace in paces.values()
         )
         self.log.say(
-            f"training alone should take {format_duration(once * seeds)} for {len(paces)} contenders and {seeds} seed(s)"
+            f"training alone should take {format_duration(once * seeds)}: {len(paces)} contenders, {seeds} seed(s)"
         )
 
     def _written(self, results: list[dict[str, Any]], full: Full) -> Outcome:
@@ -242,12 +245,11 @@ class _Session:
         write_json(path / RESULTS, results)
         if not results:
             raise EdgegtError(f"nothing could be compared: {'; '.join(self.problems.values())}")
-        budget = full.at(full.steps)
-        write_table(path / TABLE, table_of(results, budget))
+        write_table(path / TABLE, table_of(results))
         write_chart(results, path / CHART)
         self.folder.write(ABOUT, {
-            **self.folder.read(ABOUT), "finished": not self.problems, "problems": self.problems, "full_flops": budget,
-            "full_steps": full.steps,
+            **self.folder.read(ABOUT), "finished": not self.problems, "problems": self.problems,
+            "full_steps": full.steps, "full_flops": full.at(full.steps),
         })  # fmt: skip
         return Outcome(path, results, self.problems)
 

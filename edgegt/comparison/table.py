@@ -33,18 +33,19 @@ def metric_names(results: Sequence[Result]) -> list[str]:
     ))  # fmt: skip
 
 
-def table_of(results: Sequence[Result], full_flops: float) -> str:
+def table_of(results: Sequence[Result]) -> str:
     """A Markdown table: one row per strategy and rho, mean ± standard deviation where there are several seeds.
 
-    full_flops: what FLOPs are shown as shares of.
+    FLOPs are shares of what full fine-tuning spends with the same seed.
     """
     scores = metric_names(results)
     heads = ["strategy", "rho", "lr", "steps", "FLOPs of full", "seconds", "peak, MiB", "held-out loss", *scores]
     rows = []
     for (strategy, rho), seeds in grouped(results).items():
         rows.append([
-            strategy, "" if rho is None else f"{rho:g}", f"{seeds[0]['lr']:.2e}", f"{fmean(one['steps'] for one in seeds):.0f}",
-            _cell([one["flops"] / full_flops for one in seeds], 3), _cell([one["seconds"] for one in seeds], 1),
+            strategy, "" if rho is None else f"{rho:g}", f"{seeds[0]['lr']:.2e}",
+            f"{fmean(one['steps'] for one in seeds):.0f}",
+            _cell([one["flops"] / one["budget_flops"] for one in seeds], 3), _cell([one["seconds"] for one in seeds], 1),
             _cell([one["peak_bytes"] / MIB for one in seeds], 0), _cell([one["loss"] for one in seeds], 4),
             *(_cell([one["metrics"][name] for one in seeds if name in one["metrics"]], 2) for name in scores),
         ])  # fmt: skip
@@ -70,5 +71,6 @@ def _rule(place: int, width: int) -> str:
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(cells, widths, strict=True))]
+    first, *others = zip(cells, widths, strict=True)
+    padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
     return "| " + " | ".join(padded) + " |"

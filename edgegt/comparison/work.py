@@ -17,7 +17,7 @@ from typing import Any
 from edgegt.comparison.contenders import CONTENDERS
 from edgegt.comparison.jobs import MEASURE, TUNE, WARM_UP, Job, cumulated
 from edgegt.comparison.peers import PeerTrainee
-from edgegt.data import Example
+from edgegt.data import Example, Reading
 from edgegt.errors import BudgetError, EdgegtError, InputError, Interrupted
 from edgegt.folder import make_folder
 from edgegt.job import Corpus, make_schedule, read_corpus
@@ -26,7 +26,8 @@ from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.prepare import Setup, default_lr, prepare
 from edgegt.run import evaluate, keeper_of, trainee_of
-from edgegt.use import ANSWERED_ROWS, Subject, answered, questions
+from edgegt.subject import Subject
+from edgegt.use import ANSWERED_ROWS, answered, questions
 
 SPLIT_SEED = 0  # of held-out and validation rows: the same for every seed, so that these differ in training alone
 VALIDATION_SHARE = 0.1
@@ -57,7 +58,8 @@ class Unsaved(Keeper):
 
 
 def divided(
-    validates: bool, rows: int | None, options: RunOptions, tokenizer: Any, start: int | None = None, reading: Any = None
+    validates: bool, rows: int | None, options: RunOptions, tokenizer: Any, start: int | None = None,
+    reading: Reading | None = None,
 ) -> Corpus:  # fmt: skip
     """The rows of the data in parts that do not depend on the run's seed, with `rows` of training at most.
 
@@ -127,7 +129,8 @@ def _trainee(job: Job, setup: Setup, log: Steps, keeper: Keeper) -> Any:
 
 def _metrics(job: Job, setup: Setup, trainee: Any, numbers: dict[str, Any]) -> dict[str, Any]:
     """The task's scores, from 0 to 100: those asked for, and the household's own."""
-    found = {key: 100 * numbers[key] for key in ("exact_match", "general_exact_match") if key in numbers}
+    own = ("exact_match", "general_exact_match")
+    found: dict[str, Any] = {key: 100 * numbers[key] for key in own if key in numbers}
     if not job.metrics:
         return found
     subject = Subject(trainee.module, setup.tokenizer, setup.device, None, setup.corpus.separator)

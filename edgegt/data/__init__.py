@@ -13,7 +13,7 @@ from edgegt.data.folder import DataFiles, data_files
 from edgegt.data.labels import LabelReport, Reading, classes_of, labelled, matched
 from edgegt.data.read import parse_columns, read_parts, read_rows, split_rows
 from edgegt.data.rows import BY_TEMPLATE, BadRow, Row, Source, Turn
-from edgegt.data.tokens import TokenReport, tokenize
+from edgegt.data.tokens import TokenReport, asked, tokenize
 
 if TYPE_CHECKING:
     from edgegt.data.batches import Batch, collate, length_bucketed, shape_of, split_micro
@@ -30,6 +30,7 @@ __all__ = [
     "Source",
     "TokenReport",
     "Turn",
+    "asked",
     "classes_of",
     "collate",
     "data_files",

@@ -20,10 +20,11 @@ from edgegt.data.chat import ChatTemplate, Piece, Refused
 from edgegt.data.examples import Example, Ids, Tokenizer, encode
 from edgegt.data.formats import SKIP
 from edgegt.data.pairs import NO_PROMPT, pairs, within
-from edgegt.data.rows import Row
+from edgegt.data.rows import ASSISTANT, Row, Turn
 from edgegt.errors import InputError
 
 KEPT_PROMPT = 16
+_ANSWER = "x"  # stands for the answer that is still to come
 _REFUSED = "refused by the chat template"
 ANCHORS = ("", "\n", "\x01", "=")
 
@@ -114,6 +115,23 @@ def tokenize(
         len(rows), len(kept), len(cut), dict(dropped), supervised, max(lengths), mean, len(examples), said
     )
     return examples, report
+
+
+def asked(turns: Sequence[Turn], tokenizer: Tokenizer) -> tuple[Ids, str, tuple[str, ...]]:
+    """What a decoder-only model reads before its next answer in a conversation, token by token as in training.
+
+    Also the mark that the template ends an answer with ('' for none), and what is done otherwise than was said.
+    Raises: InputError when the chat template refuses the turns.
+    """
+    try:
+        template = ChatTemplate(tokenizer)
+        pieces = template.examples(Row.of_turns((*turns, Turn(ASSISTANT, _ANSWER)), 1))[-1]
+    except Refused as error:
+        raise InputError(f"{str(error).rpartition(':')[0]}: say it otherwise, or begin anew with /reset") from error
+    bos = () if template.own or tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    read = sum(_continue(tokenizer, [piece.text for piece in pieces[1:-1]]), encode(tokenizer, [pieces[0].text])[0])
+    notes = tuple(note for note in template.notes if not note.startswith("end of text"))
+    return bos + read, pieces[-1].text.strip().removeprefix(_ANSWER).strip(), notes
 
 
 def _shortened(whole: Example, lead: int, max_length: int) -> Example:

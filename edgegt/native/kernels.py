@@ -29,6 +29,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 _RESULTS = {"split_planes": _I, "multiply": _N, "attend": _N, "attend_back": _N}
 
 
+# Fewer elements than these one thread has done before a second one is awake.
+ALONE = 1 << 14
+
+
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these: float32 on the CPU, with data."""
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
@@ -54,7 +58,7 @@ class Kernels:
         x = x.contiguous()
         q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0])
         columns = None if columns is None else columns.contiguous()
-        self._call("quantize_rows", x, columns, *x.shape, int(evenly), q, scale)
+        self._call("quantize_rows", x, columns, *x.shape, int(evenly), q, scale, elements=x.numel())
         return q, scale
 
     def quantize_columns(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +118,7 @@ class Kernels:
     def rms_norm(self, x: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:
         """(y, rstd): y = x * rstd * (weight + offset) over the last dimension, float32 rstd [rows]."""
         y, rstd = torch.empty(x.shape), torch.empty(x.numel() // x.shape[-1])
-        self._call("rms_norm", x, weight, offset, eps, rstd.numel(), x.shape[-1], y, rstd)
+        self._call("rms_norm", x, weight, offset, eps, rstd.numel(), x.shape[-1], y, rstd, elements=x.numel())
         return y, rstd
 
     def rms_norm_back(self, dy: Tensor, x: Tensor, weight: Tensor, offset: float, rstd: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ class Kernels:
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up."""
         y = torch.empty(gate.shape)
-        self._call("silu_mul", gate, up, gate.numel(), y)
+        self._call("silu_mul", gate, up, gate.numel(), y, elements=gate.numel())
         return y
 
     def silu_mul_back(self, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +153,7 @@ class Kernels:
         angles = cosine.shape[0] * tokens
         self._call(
             "rotate", laid, step, laid.stride(2), cosine.contiguous(), sine.contiguous(), angles, rows * tokens, heads,
-            size, int(back), y,
+            size, int(back), y, elements=x.numel(),
         )  # fmt: skip
         return y.transpose(1, 2)
 
@@ -184,10 +188,13 @@ class Kernels:
         if not self._call(name, *arguments):
             raise OutOfMemory(f"no memory is left for '{name}': end other programs, or give a lower --memory")
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        """Call with the addresses of tensors; they outlive the call, since the caller holds them."""
-        words = (argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
-        return self._functions[name](*words, torch.get_num_threads())
+    def _call(self, name: str, *arguments: Any, elements: int = ALONE) -> Any:
+        """Call with the addresses of tensors; they outlive the call, since the caller holds them.
+
+        elements: how many are worked on, where it may be so few that no second thread is worth waking.
+        """
+        words = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+        return self._functions[name](*words, 1 if elements < ALONE else torch.get_num_threads())
 
 
 def _with_adjacent_elements(x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@
    holds four values of k of each of its columns, a strip of up to ROWS rows of a is copied beside itself, and a tile
    of strip times PANEL columns stays in registers while k runs: one load of b and one spread word of a for each
    multiplication of the processor's four-fold dot product. Three of those are known here; where none is, `products`
-   is 0 and the caller uses another library. Results do not depend on threads or blocks.  */
+   is 0 and the caller uses another library. Results do not depend on threads or blocks. A single row of a reads all of
+   b once, so nothing is packed for it.  */
 
 #include "room.h"
 #include "shuffles.h"
@@ -45,7 +46,8 @@ API int multiply(void) { return 0; }
 API int products(void) { return 1; }
 
 /* Columns of a tile; values of k at once; bytes from one row of a strip to the next, from four values of k to the next
-   four of a turned one, and of a strip; columns, rows and packed bytes of a task at most. */
+   four of a turned one, and of a strip; columns, rows and packed bytes of a task at most; columns at once of a single
+   row's product, and how many of its multiplications are not worth waking a thread for. */
 enum {
     PANEL = 2 * LANES,
     DEEP = 1536,
@@ -54,7 +56,9 @@ enum {
     STRIP = ROWS * STRIDE > DEEP / 4 * TURNED ? ROWS * STRIDE : DEEP / 4 * TURNED + 64,
     WIDE = 640,
     TALL = 512,
-    PACKED = 1 << 19
+    PACKED = 1 << 19,
+    COLUMNS = 4,
+    ALONE = 1 << 18
 };
 static const float LOW_STEPS = 254.0f;
 
@@ -334,6 +338,44 @@ static void split(const job_t *job, int64_t depth, int threads, int64_t *width, 
     }
 }
 
+/* Sums of one row of a [k] with `count` rows of b [k each]. */
+static inline __attribute__((always_inline)) void sums_of(int count, const int8_t *a, const int8_t *b, int64_t k,
+                                                          int32_t *out) {
+    typedef uint8_t wide_t __attribute__((vector_size(4 * LANES)));
+    sums_t sums[COLUMNS] = {{0}}, ones = {0};
+    int64_t at = 0;
+    for (; at + 4 * LANES <= k; at += 4 * LANES) {
+        wide_t left, right;
+        memcpy(&left, a + at, sizeof left);
+        if (OFFSET) ones = DOT(ones, (wide_t){0} + 1, left);
+        for (int j = 0; j < count; j++) {
+            __builtin_prefetch(b + (j + 2 * COLUMNS) * k + at);
+            memcpy(&right, b + j * k + at, sizeof right);
+            sums[j] = DOT(sums[j], right ^ (uint8_t)OFFSET, left);
+        }
+    }
+    uint32_t added = 0; /* by the offset; unsigned numbers may go round */
+    for (int lane = 0; lane < LANES; lane++) added += OFFSET * (uint32_t)ones[lane];
+    for (int j = 0; j < count; j++) {
+        uint32_t sum = -added;
+        for (int lane = 0; lane < LANES; lane++) sum += (uint32_t)sums[j][lane];
+        for (int64_t i = at; i < k; i++) sum += (uint32_t)((int32_t)a[i] * b[j * k + i]);
+        out[j] = (int32_t)sum;
+    }
+}
+
+/* `size` columns of one row's product, from `first`. */
+static void columns_of(const job_t *job, int64_t first, int64_t size) {
+    int32_t sums[2][PANEL];
+    for (int plane = 0; plane < (job->low ? 2 : 1); plane++) {
+        const int8_t *b = (plane ? job->low : job->b) + first * job->k;
+        int64_t j = 0;
+        for (; j + COLUMNS <= size; j += COLUMNS) sums_of(COLUMNS, job->a, b + j * job->k, job->k, sums[plane] + j);
+        for (; j < size; j++) sums_of(1, job->a, b + j * job->k, job->k, sums[plane] + j);
+    }
+    scale_row(job, sums[0], sums[1], job->rows[0], job->columns ? job->columns + first : 0, size, job->y + first);
+}
+
 /* y [n, m], added to with `add` (which goes with neither low nor columns). Returns 0 when there is no memory. */
 API int multiply(const int8_t *a, int turned_a, const int8_t *b, const int8_t *low, int turned_b, const float *rows,
                  const float *columns, int64_t n, int64_t m, int64_t k, int add, float *y, int threads) {
@@ -341,6 +383,13 @@ API int multiply(const int8_t *a, int turned_a, const int8_t *b, const int8_t *l
     if (n == 0 || m == 0) return 1;
     if (k == 0) {
         if (!add) memset(y, 0, sizeof(float) * (size_t)(n * m));
+        return 1;
+    }
+    if (n == 1 && !turned_a && !turned_b) {
+        int64_t panels = parts_of(m, PANEL);
+#pragma omp parallel for num_threads(m * k < ALONE ? 1 : threads) schedule(static)
+        for (int64_t panel = 0; panel < panels; panel++)
+            columns_of(&job, panel * PANEL, panel < panels - 1 ? PANEL : m - panel * PANEL);
         return 1;
     }
     int64_t depth = even(k, parts_of(k, DEEP), 4), width = m, height = n;

@@ -92,5 +92,7 @@ def float_model(base: Pretrained, patch: Patch | None) -> FloatModel:
                 made[id(parameter)] = nn.Parameter(real, requires_grad=False)
             setattr(part, short, made[id(parameter)])
     if any(buffer.is_meta for buffer in module.buffers()):
-        raise InputError(f"{type(module).__name__} computes from tables that no file has: it cannot be exported to ONNX")
+        raise InputError(
+            f"{type(module).__name__} computes from tables that no file has: it cannot be exported to ONNX"
+        )
     return model

@@ -1,4 +1,4 @@
-"""The computations that an ONNX file holds, as modules to be traced: what goes in, what comes out, and under which names.
+"""The computations that ONNX files hold, as modules to be traced: what goes in and comes out, and under which names.
 
 A decoder reads tokens after a past of keys and values, which may be empty, and gives the logits and the past that the
 next call needs. An encoder-decoder is two files: its encoder also makes what the decoder's attention to it reads, so

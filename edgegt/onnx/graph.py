@@ -1,8 +1,8 @@
 """A form traced to an ONNX graph, without a weight being read.
 
-torch.export runs the module on shapes alone, so that its matrices may be memory that nobody has touched. They are inputs
-of the graph while it is simplified, because the simplifier would otherwise fold them; then each is an initializer that
-has a name and a shape and is given its values when the file is written.
+torch.export runs the module on shapes alone, so that its matrices may be memory that nobody has touched. They are
+inputs of the graph while it is simplified, because the simplifier would otherwise fold them; then each is an
+initializer that has a name and a shape and is given its values when the file is written.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def trace(form: Form) -> Traced:
     """The graph of a form. Raises: InputError when torch cannot export the model."""
     from onnxscript import optimizer
 
-    names = {"input_names": list(form.inputs), "output_names": list(form.outputs)}
-    free = {name: {axis: torch.export.Dim.DYNAMIC for axis in form.axes[name]} for name in form.inputs}
+    free = {name: dict.fromkeys(form.axes[name], torch.export.Dim.DYNAMIC) for name in form.inputs}
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 form.module, tuple(form.inputs.values()), dynamo=True, optimize=False, verbose=False,
-                opset_version=OPSET, dynamic_shapes=_as_arguments(form, free), **names,
+                opset_version=OPSET, dynamic_shapes=_as_arguments(form, free),
+                input_names=list(form.inputs), output_names=list(form.outputs),
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
             kind = type(form.module.model).__name__
@@ -78,7 +78,8 @@ def _as_arguments(form: Form, free: dict[str, Any]) -> Any:
 def _as_inputs(graph: Any, form: Form) -> dict[str, Any]:
     """Take the parameters with two dimensions and more out of the initializers; by parameter name."""
     held = {}
-    every = form.module.model.named_parameters(remove_duplicate=False)  # the graph may call it by any of its names
+    network: Any = form.module.model
+    every = network.named_parameters(remove_duplicate=False)  # the graph may call it by any of its names
     parameters = {f"{_OURS}{name}": name for name, parameter in every if parameter.ndim >= 2}
     for name in list(graph.initializers):
         if name in parameters:

@@ -20,7 +20,7 @@ ALLOWED = 1e-3
 
 @dataclass(frozen=True)
 class Parity:
-    """error: of the logits, relative in the 2-norm; same: at how many of `positions` the likeliest token is the same."""
+    """error: of the logits, relative in the 2-norm; same: at how many of `positions` the likeliest token is one."""
 
     error: float
     same: int
@@ -29,8 +29,8 @@ class Parity:
     def line(self) -> str:
         """For people."""
         return (
-            f"logits differ from PyTorch's in float32 by {self.error:.1e} of their norm; the likeliest token is the same "
-            f"at {self.same} of {self.positions} positions"
+            f"logits differ from PyTorch's in float32 by {self.error:.1e} of their norm; the likeliest token is the "
+            f"same at {self.same} of {self.positions} positions"
         )
 
 
@@ -75,9 +75,9 @@ def compare(folder: Path, expected: Reference) -> Parity:
         found.append(logits.copy())
         start = end
     counts = expected.mask.bool() if expected.read is None else torch.ones_like(expected.mask).bool()
-    logits, right = torch.from_numpy(np.concatenate(found, axis=1))[counts], expected.logits[counts]
-    same = int((logits.argmax(-1) == right.argmax(-1)).sum())
-    return Parity(float((logits - right).norm() / right.norm()), same, len(right))
+    ours, right = torch.from_numpy(np.concatenate(found, axis=1))[counts], expected.logits[counts]
+    same = int((ours.argmax(-1) == right.argmax(-1)).sum())
+    return Parity(float((ours - right).norm() / right.norm()), same, len(right))
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,15 @@
-"""ONNX files in onnxruntime: one call over several rows, and the engine that answers with them.
+"""ONNX files in onnxruntime: one call over several rows.
 
 Keys and values stay onnxruntime's own arrays between two calls, so that a step copies none of them in Python.
 """
 
 from __future__ import annotations
 
-import os.path
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from edgegt.errors import InputError
 from edgegt.onnx.forms import DECODER, ENCODER, MODEL
@@ -76,9 +73,14 @@ class OnnxModel:
         ort = runtime()
         names = [one.name for one in self._encoder.get_outputs()]
         given = {"input_ids": ids, "attention_mask": mask}
-        found = self._encoder.run_with_ort_values(names[1:], {k: ort.OrtValue.ortvalue_from_numpy(v) for k, v in given.items()})
+        found = self._encoder.run_with_ort_values(
+            names[1:], {k: ort.OrtValue.ortvalue_from_numpy(v) for k, v in given.items()}
+        )
         past = self.empty(ids.shape[0])
-        across = {f"past_key_values.{name.removeprefix('present.')}": value for name, value in zip(names[1:], found, strict=True)}
+        across = {
+            f"past_key_values.{name.removeprefix('present.')}": value
+            for name, value in zip(names[1:], found, strict=True)
+        }
         return Past(past.held, across)
 
     def forward(self, ids: Array, mask: Array, positions: Array | None, past: Past) -> tuple[Array, Past]:
@@ -95,60 +97,12 @@ class OnnxModel:
         return found[0].numpy(), Past(dict(zip(self._own, found[1:], strict=True)), past.across)
 
 
-class OnnxEngine:
-    """The loop's engine over ONNX files, one answer at a time; as `decoding.Engine`."""
-
-    def __init__(self, model: OnnxModel, eos: Sequence[int], positions: int | None, start: int | None) -> None:
-        self.model = model
-        self.eos = tuple(eos)
-        self.positions = positions
-        self.start = start
-        self.reused = 0
-        self._read: list[int] = []
-        self._past = Past()
-        self._encoded: tuple[tuple[int, ...], Past] | None = None
-
-    def prefill(self, ids: Sequence[int]) -> torch.Tensor:
-        """As `decoding.Engine`."""
-        if self.start is not None:
-            return self._encode(tuple(ids))
-        known = len(os.path.commonprefix([self._read, list(ids[:-1])]))  # noqa: RUF071
-        past = self.model.empty(1) if known == 0 else self._past
-        self._past = past if known in (0, len(self._read)) else past.first(known)
-        self._read, self.reused = list(ids[:known]), known
-        return self._forward(ids[known:])
-
-    def step(self, token: int) -> torch.Tensor:
-        """As `decoding.Engine`."""
-        return self._forward((token,))
-
-    def _encode(self, ids: tuple[int, ...]) -> torch.Tensor:
-        same = self._encoded is not None and self._encoded[0] == ids
-        self.reused = len(ids) if same else 0
-        if self._encoded is None or not same:
-            row = np.array([ids], dtype=np.int64)
-            self._encoded = ids, self.model.read(row, np.ones_like(row))
-        self._read, self._past = [], self._encoded[1]
-        assert self.start is not None
-        return self._forward((self.start,))
-
-    def _forward(self, ids: Sequence[int]) -> torch.Tensor:
-        read, self._read = self._read, []
-        row = np.array([list(ids)], dtype=np.int64)
-        before, after = len(read), len(read) + len(ids)
-        if self._encoded is not None and self.start is not None:
-            mask, positions = np.ones((1, len(self._encoded[0])), dtype=np.int64), None
-        else:
-            mask, positions = np.ones((1, after), dtype=np.int64), np.arange(before, after, dtype=np.int64)[None]
-        logits, self._past = self.model.forward(row, mask, positions, self._past)
-        self._read = [*read, *ids]
-        return torch.from_numpy(logits[0, -1].copy())
-
-
 def _session(path: Path, threads: int | None) -> Any:
     ort = runtime()
     if not path.is_file():
-        raise InputError(f"'{format_text(path, None)}' is not there: give the folder that `edgegt export --to onnx` wrote")
+        raise InputError(
+            f"'{format_text(path, None)}' is not there: give the folder that `edgegt export --to onnx` wrote"
+        )
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:

@@ -66,7 +66,7 @@ def codes(matrix: torch.Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, A
 
 
 def _replace(traced: Traced, place: Any, value: Value, name: str, turned: bool) -> bool:
-    """Let all that reads this matrix read codes and scales; False where something else than a product or lookup does."""
+    """Let all that reads this matrix read codes and scales; False where it is more than a product or a lookup."""
     rows, width = _reversed(place) if turned else tuple(place.shape)
     products, lookups = [], []
     for use in list(place.uses()):
@@ -113,7 +113,7 @@ def _is_product(use: Any, transposes: bool) -> bool:
     if use.idx != 1 or node.op_type not in ("MatMul", "Gemm"):
         return False
     plain = flags.get("transA", 0) == 0 and flags.get("alpha", 1.0) == 1.0 and flags.get("beta", 1.0) == 1.0
-    return plain and flags.get("transB", 0) == int(transposes)
+    return plain and bool(flags.get("transB", 0)) == transposes
 
 
 def _as_product(traced: Traced, node: Any, parts: list[Any], rows: int, width: int) -> None:

@@ -1,9 +1,8 @@
-"""`edgegt export --to onnx`: ONNX files with all that is needed to run them, as a folder, checked before it is there."""
+"""`edgegt export --to onnx`: ONNX files and what is needed to run them, as a folder, checked before it is there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,9 @@ def _files(model: Any, folder: Path, bits: int, about: dict[str, str], log: Log)
         log.say(f"{form.file}: tracing {type(model.module).__name__}")
         traced = trace(form)
         if bits == 8:
-            fill_int8(traced, model.value, {name: at for name, at in model.matrices().items() if name in traced.weights})
+            fill_int8(
+                traced, model.value, {name: at for name, at in model.matrices().items() if name in traced.weights}
+            )
         else:
             fill_float(traced, model.value)
         traced.model.metadata_props.update(about)
@@ -99,16 +100,15 @@ def _about(run: str | None, patch: Patch, bits: int) -> dict[str, str]:
 
 
 def _compared(model: Any, folder: Path, bits: int) -> list[str]:
-    """A line on how near the files are to PyTorch, where memory allows to ask. Raises: EdgegtError when they are not."""
+    """A line on how near the files are to PyTorch, where memory allows it. Raises: EdgegtError when they are not."""
     import psutil
 
     from edgegt.onnx.parity import ALLOWED, compare, reference
 
     needed, free = int(4 * model.parameters * 1.2), psutil.virtual_memory().available
     if needed > free:
-        return [
-            f"not compared with PyTorch: its float32 form takes {format_bytes(needed)}, and {format_bytes(free)} are free"
-        ]
+        short = f"its float32 form takes {format_bytes(needed)}, and {format_bytes(free)} are free"
+        return [f"not compared with PyTorch: {short}"]
     model.load()
     expected = reference(model)
     for parameter in model.module.parameters():
@@ -116,6 +116,6 @@ def _compared(model: Any, folder: Path, bits: int) -> list[str]:
     found = compare(folder, expected)
     if bits == 32 and not found.error <= ALLOWED:
         raise EdgegtError(
-            f"the ONNX files compute something else than PyTorch ({asdict(found)}; allowed {ALLOWED}): use --to hf"
+            f"the ONNX files compute something else than PyTorch ({found.line()}; allowed {ALLOWED}): use --to hf"
         )
     return [found.line()]
