@@ -81,7 +81,7 @@ def _draw(axes: Axes, results: Sequence[Result], width: Value, height: Value) ->
         )
         axes.errorbar(
             x, y, xerr=wide, yerr=high, marker="D" if ours else MARKERS[index % len(MARKERS)], markersize=8,
-            label=strategy, color=LIGHT[ACCENT] if ours else COLOURS[index % len(COLOURS)], linewidth=1.2, elinewidth=1.2,
-            alpha=0.85, zorder=4 if ours else 3,
+            label=strategy, color=LIGHT[ACCENT] if ours else COLOURS[index % len(COLOURS)], linewidth=1.2,
+            elinewidth=1.2, alpha=0.85, zorder=4 if ours else 3,
         )  # fmt: skip
     axes.margins(0.12)

@@ -38,7 +38,7 @@ def read_rates(name: str) -> dict[str, float]:
 
 def write_rates(path: Path, factors: Mapping[str, float], about: str) -> None:
     """Write factors so that `read_rates` reads them. Raises: DiskError."""
-    lines = [f'{name} = {value!r}' for name, value in factors.items()]
+    lines = [f"{name} = {value!r}" for name, value in factors.items()]
     heading = f"# Learning rates as factors of 0.4 / hidden size. {about}"
     write_text(path, "\n".join([heading, "[factors]", *lines, ""]))
 

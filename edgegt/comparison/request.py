@@ -21,7 +21,8 @@ EQUAL = ("flops", "seconds", "steps")
 # Options of a run that a comparison passes on to all that it compares.
 PASSED = (
     "model", "data", "columns", "format", "eval_data", "eval_fraction", "eval_rows", "batch_size", "max_length",
-    "device", "memory", "threads", "schedule", "warmup", "weight_decay", "max_grad_norm", "skip_bad_rows", "epochs", "steps",
+    "device", "memory", "threads", "schedule", "warmup", "weight_decay", "max_grad_norm", "skip_bad_rows", "epochs",
+    "steps",
 )  # fmt: skip
 FEWEST_ROWS = 16
 

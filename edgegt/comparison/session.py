@@ -214,7 +214,8 @@ class _Session:
             if code != 0 or found is None:
                 if must:
                     raise InputError(said) if code == 2 else EdgegtError(said)
-                self.problems[job.name] = said
+                if job.kind != TUNE:  # a rate that is too high is an answer, and no failure
+                    self.problems[job.name] = said
                 self.log.fallback(f"{job.name}: {said}")
                 return None
         for note in found["notes"] if job.kind == TRAIN else ():

@@ -45,7 +45,8 @@ def table_of(results: Sequence[Result]) -> str:
         rows.append([
             strategy, "" if rho is None else f"{rho:g}", f"{seeds[0]['lr']:.2e}",
             f"{fmean(one['steps'] for one in seeds):.0f}",
-            _cell([one["flops"] / one["budget_flops"] for one in seeds], 3), _cell([one["seconds"] for one in seeds], 1),
+            _cell([one["flops"] / one["budget_flops"] for one in seeds], 3),
+            _cell([one["seconds"] for one in seeds], 1),
             _cell([one["peak_bytes"] / MIB for one in seeds], 0), _cell([one["loss"] for one in seeds], 4),
             *(_cell([one["metrics"][name] for one in seeds if name in one["metrics"]], 2) for name in scores),
         ])  # fmt: skip
