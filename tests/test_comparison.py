@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgegt.cli import main
 from edgegt.comparison import session
+from edgegt.comparison.adapters import PEERS, VIRTUAL_TOKENS
 from edgegt.comparison.contenders import CONTENDERS, parse_contenders
 from edgegt.comparison.jobs import MEASURE, TRAIN, TUNE, Full, Job, Pace, cumulated, steps_of
-from edgegt.comparison.peers import PEERS, VIRTUAL_TOKENS, PeerTrainee
+from edgegt.comparison.peers import PeerTrainee
 from edgegt.comparison.rates import MOST_GROWTH, STORED, best_factor, read_rates, write_rates
 from edgegt.comparison.request import Request, request_of
 from edgegt.comparison.table import mean_and_spread, table_of

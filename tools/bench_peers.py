@@ -23,10 +23,8 @@ import copy
 import json
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LR = 1e-4
-RANK, ALPHA, VIRTUAL_TOKENS = 8, 16, 20
 LAST_SHARE = 3
 PUBLISHED_RHO = 0.5
 CHAIN_FILE = "chain.json"
@@ -71,38 +68,28 @@ def full(model: Any) -> Any:
 
 def lora(model: Any) -> Any:
     """Adapters on all linears but the head."""
-    from peft import LoraConfig, get_peft_model
+    from edgegt.comparison import adapters
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    with _without_old_names():
-        return get_peft_model(model, config)
+    return adapters.lora(model)
 
 
 def lora_8bit(model: Any) -> Any:
     """Adapters over an 8-bit model; of a float model, on which costs are counted, the same without the 8 bits."""
     from peft import prepare_model_for_kbit_training
 
+    from edgegt.comparison import adapters
+
     if getattr(model, "is_loaded_in_8bit", False):
-        with _without_old_names():
+        with adapters.without_old_names():
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return lora(model)
 
 
 def prefix(model: Any) -> Any:
     """Keys and values of virtual tokens before every layer."""
-    from peft import PrefixTuningConfig, get_peft_model
+    from edgegt.comparison import adapters
 
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS)
-    with _without_old_names():
-        return get_peft_model(model, config)
-
-
-@contextmanager
-def _without_old_names() -> Iterator[None]:
-    """PEFT asks transformers for attributes by names that it will drop, which warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    return adapters.prefix(model)
 
 
 def last_layers(model: Any) -> Any:
