@@ -166,7 +166,7 @@ def test_model_and_data_go_together(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--steps"], "expected one argument"),
         (
             ["run", "--strategy", "greedy"],
-            "'greedy' is not one of greentrainer, greentrainer-dp, last-layers, bias, random, full",
+            "'greedy' is not one of greentrainer, greentrainer-dp, last-layers, bias, random, lisa, full",
         ),
         (["devices", "shwo"], "invalid choice: 'shwo'"),
         (["devices", "show"], "needs a name"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgegt.cli.parser import add_options, options_given, print_json
+from edgegt.comparison.contenders import CONTENDERS, EQUAL, PASSED
 from edgegt.errors import InputError
 from edgegt.log import Log
 from edgegt.metrics import METRICS
@@ -18,9 +19,6 @@ _OWN = ("strategies", "rhos", "seeds", "equal", "rates", "grid", "tune_steps", "
 
 def add_compare(commands: Any, name: str) -> None:
     """`edgegt compare`."""
-    from edgegt.comparison.contenders import CONTENDERS
-    from edgegt.comparison.request import EQUAL, PASSED
-
     about = "edgegt against full fine-tuning, LoRA, prefix tuning and simpler selections, on equal terms"
     parser = commands.add_parser(name, help=about, prog="edgegt compare")
     add_options(parser, (*PASSED, "output"))

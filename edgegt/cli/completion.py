@@ -14,7 +14,7 @@ from edgegt.profile import profile_names
 
 SHELLS = ("bash", "zsh", "fish")
 _FOLDERS = {"model", "output", "resume", "run", "words"}
-_FILES = {"config", "data", "eval_data", "frontier", "patch", "patches"}
+_FILES = {"config", "data", "eval_data", "frontier", "patch", "patches", "rates"}
 _FILE_OUTPUTS = {"edgegt calibrate", "edgegt export", "edgegt patch merge"}
 
 

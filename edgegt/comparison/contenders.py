@@ -8,6 +8,14 @@ from importlib.util import find_spec
 from edgegt.errors import InputError, nearest
 from edgegt.units import format_text
 
+EQUAL = ("flops", "seconds", "steps")
+# Options of a run that a comparison passes on to all that it compares.
+PASSED = (
+    "model", "data", "columns", "format", "eval_data", "eval_fraction", "eval_rows", "batch_size", "max_length",
+    "device", "memory", "threads", "schedule", "warmup", "weight_decay", "max_grad_norm", "skip_bad_rows", "epochs",
+    "steps",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Contender:

@@ -20,14 +20,17 @@ STEP = 2.0
 MOST_GROWTH = 2
 
 
-def read_rates(name: str) -> dict[str, float]:
-    """The factors in a TOML file, or with 'stored' those of the package. Raises: InputError."""
+def read_rates(name: str, model: str = "") -> dict[str, float]:
+    """The factors in a TOML file, or with 'stored' the package's: of this model, else of all. Raises: InputError.
+
+    model: the name of its folder, which the package's file may have a table for.
+    """
     path = STORED_FILE if name == STORED else Path(name)
     shown = format_text(path, None)
     if not path.is_file():
         raise InputError(f"--rates '{shown}' does not exist: give a rates.toml of a comparison, or '{STORED}'")
     tree = read_toml(path, "full = 0.64", "learning rates")
-    factors = tree.get("factors")
+    factors = tree.get(model, tree.get("factors"))
     if not isinstance(factors, dict) or not factors:
         raise InputError(f"{shown} has no table [factors]: give a rates.toml of a comparison, or '{STORED}'")
     for key, value in factors.items():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgegt.comparison.contenders import CONTENDERS, parse_contenders
+from edgegt.comparison.contenders import CONTENDERS, EQUAL, PASSED, parse_contenders
 from edgegt.comparison.rates import GRID, read_rates
 from edgegt.errors import InputError, nearest
 from edgegt.folder import lasting
@@ -17,13 +17,6 @@ from edgegt.metrics import parse_metrics
 from edgegt.options import RunOptions
 from edgegt.units import format_text
 
-EQUAL = ("flops", "seconds", "steps")
-# Options of a run that a comparison passes on to all that it compares.
-PASSED = (
-    "model", "data", "columns", "format", "eval_data", "eval_fraction", "eval_rows", "batch_size", "max_length",
-    "device", "memory", "threads", "schedule", "warmup", "weight_decay", "max_grad_norm", "skip_bad_rows", "epochs",
-    "steps",
-)  # fmt: skip
 FEWEST_ROWS = 16
 
 
@@ -88,14 +81,14 @@ def request_of(
 ) -> Request:  # fmt: skip
     """A request from what the command line gives. Raises: InputError for values that are not allowed."""
     names = parse_contenders(strategies or ",".join(CONTENDERS))
-    given = lasting(options)
+    given, model = lasting(options), Path(options.model or "home").name
     if options.epochs is not None and options.steps is not None:
         raise InputError("--epochs and --steps both say how long full fine-tuning trains: leave one of them out")
     if rates is not None and (grid is not None or tune_steps is not None):
         raise InputError("--rates gives the learning rates, --grid and --tune-steps find them: leave one of them out")
     return Request(
         {name: getattr(given, name) for name in PASSED}, names,
-        numbers(rhos or "0.5", "--rho", 1.0), seeds, equal, read_rates(rates) if rates else {},
+        numbers(rhos or "0.5", "--rho", 1.0), seeds, equal, read_rates(rates, model) if rates else {},
         tuple(sorted(numbers(grid, "--grid", 1e4))) if grid else GRID, tune_steps, rows,
         parse_metrics(metrics) if metrics else (), answers,
     )  # fmt: skip
