@@ -322,6 +322,15 @@ def test_what_is_not_allowed_is_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_input_that_no_run_would_take_leaves_no_folder(
+    tmp_path: Path, here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["compare", "--model", str(tmp_path / "none"), "--data", "d.csv", "--steps", "6", "--rates", STORED]
+    assert main([*asked, "--output", str(tmp_path / "out"), "--quiet"]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_peers_need_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgegt.comparison.contenders.find_spec", lambda name: None)
     assert parse_contenders("full,edgegt") == ("full", "edgegt")

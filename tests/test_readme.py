@@ -15,7 +15,8 @@ SOURCES = (".py", ".j2", ".c", ".h", ".cpp")
 OTHER_FLAGS = {
     "--config", "--resume", "--explain", "--frontier", "--help", "--model", "--patch", "--extra-index-url",
     "--metrics", "--answers", "--tokens", "--logdir", "--to", "--dtype", "--weights", "--force",
-    "--strategies", "--seeds", "--equal", "--rates", "--system", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--stop", "--json",
+    "--strategies", "--seeds", "--equal", "--rates",
+    "--system", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--stop", "--json",
 }  # fmt: skip
 
 

@@ -55,11 +55,6 @@ class Request:
         if missing:
             raise InputError(f"--rates has none for {', '.join(missing)}: leave it out to find them, or add them")
 
-    @property
-    def options(self) -> RunOptions:
-        """The options that all have in common. Raises: InputError for values that a run would refuse."""
-        return RunOptions(**self.run)
-
     def to_json(self) -> dict[str, Any]:
         """A plain dict."""
         return dataclasses.asdict(self)

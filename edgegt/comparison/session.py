@@ -79,6 +79,10 @@ def _go(session: _Session) -> Outcome:
     except (KeyboardInterrupt, Interrupted) as error:
         code = error.exit_code if isinstance(error, Interrupted) else 130
         raise Interrupted(f"stopped; what is done is kept, `edgegt compare --resume {path}` goes on", code) from error
+    except InputError:
+        if not any((path / JOBS).glob("*.json")):
+            session.folder.remove()  # not even the first job could be done
+        raise
     finally:
         session.folder.release()
 
