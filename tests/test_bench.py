@@ -20,8 +20,9 @@ from bench import line_of, model_folder, prepare_work, table, verdicts
 from bench_chart import draw
 from bench_floor import Product, floor_of, int8_products, measure, step_of
 from bench_methods import Bench, edgegt_words, failed, timed
-from bench_peers import METHODS, published_chain, select, train
+from bench_peers import METHODS, published_chain, train
 from bench_rows import Size, batches, read_batches, write_batches, write_rows, write_tokenizer
+from edgegt.comparison.published import select
 from edgegt.cost import BatchShape
 from edgegt.trace import trace
 

@@ -21,7 +21,7 @@ from edgegt.comparison import session
 from edgegt.comparison.adapters import PEERS, VIRTUAL_TOKENS
 from edgegt.comparison.contenders import CONTENDERS, parse_contenders
 from edgegt.comparison.jobs import MEASURE, TRAIN, TUNE, Full, Job, Pace, cumulated, steps_of
-from edgegt.comparison.peers import PeerTrainee
+from edgegt.comparison.peers import PeerTrainee, trainee_of_peer
 from edgegt.comparison.rates import MOST_GROWTH, STORED, best_factor, read_rates, write_rates
 from edgegt.comparison.request import Request, request_of
 from edgegt.comparison.table import mean_and_spread, table_of
@@ -253,6 +253,23 @@ def test_a_peer_learns_what_it_should_and_predicts_its_flops(tmp_path: Path, nam
     assert trainee.meter.total == pytest.approx(predicted, rel=1e-6)
     assert log.entries[-1]["loss"] < log.entries[0]["loss"]
     assert not (tmp_path / "run" / "checkpoint").exists() or not any((tmp_path / "run" / "checkpoint").iterdir())
+
+
+@needs_stories
+def test_the_published_procedure_keeps_to_rho_and_chooses_in_every_round(tmp_path: Path) -> None:
+    setup, log = setup_of(tmp_path, steps=40, lr=5e-3, rho=0.6, round_epochs=0.7), Steps(None)
+    keeper = keeper_of(setup, make_folder(tmp_path / "run"), log, kind=Unsaved)
+    predicted = trainee_of_peer(setup, log, keeper, "published").cost()
+    trainee = trainee_of_peer(setup, log, keeper, "published")
+    before = {key: value.detach().clone() for key, value in trainee.module.named_parameters()}
+    trainee.train()
+    changed = {key for key, value in trainee.module.named_parameters() if not torch.equal(value, before[key])}
+    assert len(trainee.rounds) == 2 and set(trainee.parameters) <= changed < set(before)
+    assert "model.embed_tokens.weight" not in changed  # the tied head is the embedding, at the bottom
+    assert predicted["ratio"] < 0.6 and predicted["once"] > 0
+    expected = predicted["ratio"] * setup.full_flops + predicted["once"]
+    assert trainee.meter.total == pytest.approx(expected, rel=0.05)  # the second round chooses anew
+    assert log.entries[-1]["loss"] < log.entries[0]["loss"] and len(log.entries) == 40
 
 
 def test_seeds_become_mean_and_spread() -> None:

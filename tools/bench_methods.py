@@ -25,8 +25,9 @@ from statistics import median, quantiles
 from typing import Any
 
 from bench_floor import Product, int8_products, step_of
-from bench_peers import METHODS, REPOSITORY, select
+from bench_peers import METHODS, REPOSITORY
 from bench_rows import HELD_OUT, HELD_OUT_FILE, TRAIN_FILE, Size
+from edgegt.comparison.published import select
 
 WARM_UP = 2
 RUN_STEPS = 200

@@ -24,8 +24,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +31,7 @@ from bench_rows import read_batches
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # after PYTHONPATH, which may name another copy
 
-from edgegt.baselines import published_selection
+from edgegt.comparison.published import Chain, chain_of, chosen, select
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +43,6 @@ LAST_SHARE = 3
 PUBLISHED_RHO = 0.5
 CHAIN_FILE = "chain.json"
 Batches = Sequence[tuple["Tensor", "Tensor"]]
-Chain = tuple[list[str], list[int], list[int], int]
 
 
 def load(folder: Path, eight_bit: bool = False) -> Any:
@@ -120,13 +117,6 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def select(model: Any, names: Sequence[str]) -> None:
-    """Train exactly these parameters."""
-    wanted = set(names)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
-
-
 def step(model: Any, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> float:
     """One optimizer step; the loss. labels: shifted already, so that a row of T inputs has T predictions."""
     loss = loss_of(model, inputs, labels)
@@ -145,64 +135,22 @@ def loss_of(model: Any, inputs: Tensor, labels: Tensor) -> Tensor:
 def published_selection_of(
     model: Any, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], chain: Chain
 ) -> list[str]:
-    """What GreenTrainer trains for the next epochs (arXiv 2309.13192, section 3.2 and 3.3).
+    """What GreenTrainer trains for the next epochs."""
 
-    Importance of a tensor: its change by one optimizer step, times its gradient after that step, negated: how much the
-    loss falls. Weights are put back afterwards, the optimizer keeps its states. Tensors that backward cannot reach
-    within rho are left frozen from the start.
-    """
-    import torch
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    order, dw, dy, budget = chain
-    parameters = dict(model.named_parameters())
-    reached, spent = 0, 0
-    while reached < len(order) and spent <= budget:
-        spent += dy[reached]
-        reached += 1
-    select(model, order[:reached])
-    before = {name: parameters[name].detach().clone() for name in order[:reached]}
-    step(model, optimizer, *batch)
-    change = {name: parameters[name].detach() - old for name, old in before.items()}
-    loss_of(model, *batch).backward()
-    values = []
-    for name in order:
-        gradient = parameters[name].grad
-        values.append(-float((gradient * change[name]).sum()) if gradient is not None else 0.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for name, old in before.items():
-            parameters[name].copy_(old)
-    most = max(map(abs, values)) or 1.0
-    # In a process of its own: the memory of our port of the program is not that of training.
-    with ProcessPoolExecutor(1, get_context("spawn")) as apart:
-        found = apart.submit(
-            published_selection, tuple(dw), tuple(dy), tuple(value / most for value in values), budget
-        ).result()
-    return [order[position] for position in found]
+    return chosen(model, lambda: loss_of(model, *batch), update, chain)
 
 
 def published_chain(config: Any, shape: tuple[int, ...]) -> Chain:
-    """Tensors from the loss downward, FLOPs of their weight gradients, of the way to the next, and of backward at most.
-
-    The head is on every position, as transformers runs it.
-    """
+    """Its tensors from the loss downward, at half of the FLOPs of full fine-tuning."""
     from edgegt.cost import BatchShape
     from edgegt.trace import trace
 
-    table = trace(copy.deepcopy(config))
     at = BatchShape(shape[0], shape[1], shape[1])
-    depth = {
-        bit: sum(path.flops.at(at) for path in table.paths if path.weights >> bit & 1)
-        for bit, weight in enumerate(table.weights)
-        if weight.kind != "head" or not config.tie_word_embeddings
-    }
-    order = sorted(depth, key=lambda bit: (depth[bit], -bit))
-    ways = [depth[bit] for bit in order]
-    dy = [after - before for before, after in zip(ways, [*ways[1:], ways[-1]], strict=True)]
-    budget = int(PUBLISHED_RHO * table.full_work().at(at)) - table.forward.at(at) - ways[0]
-    weights = [table.weights[bit] for bit in order]
-    return [weight.name for weight in weights], [weight.dw.at(at) for weight in weights], dy, budget
+    return chain_of(trace(copy.deepcopy(config)), at, bool(config.tie_word_embeddings), PUBLISHED_RHO)
 
 
 def train(method: str, folder: Path, batches: Batches, chain: Chain | None = None) -> dict[str, Any]:
@@ -241,7 +189,7 @@ def main() -> None:
     torch.manual_seed(0)
     chain = None
     if args.method == "greentrainer-published":
-        chain = json.loads((args.rows / CHAIN_FILE).read_text(encoding="utf-8"))
+        chain = Chain(*json.loads((args.rows / CHAIN_FILE).read_text(encoding="utf-8")))
     result = train(args.method, args.model, read_batches(args.rows)[: args.steps], chain)
     args.out.write_text(json.dumps(result | {"peak_bytes": peak_resident_bytes()}) + "\n", encoding="utf-8")
 

@@ -19,14 +19,15 @@ PASSED = (
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to fine-tune. strategy: of `edgegt run`; for a peer, which PEFT trains, that of its data and batches.
+    """One way to fine-tune. strategy: of `edgegt run`; for a peer (a float model trained otherwise) of its data.
 
-    budgeted: it keeps to a share rho of full fine-tuning's FLOPs per step.
+    adapter: PEFT makes it. budgeted: it keeps to a share rho of full fine-tuning's FLOPs per step.
     """
 
     name: str
     strategy: str
     peer: bool = False
+    adapter: bool = False
     budgeted: bool = False
 
 
@@ -39,13 +40,14 @@ CONTENDERS = {
     for one in (
         Contender("full", "full"),
         _of_run("last-layers"),
-        Contender("lora", "full", peer=True),
-        Contender("lora-head", "full", peer=True),
-        Contender("prefix", "full", peer=True),
+        Contender("lora", "full", peer=True, adapter=True),
+        Contender("lora-head", "full", peer=True, adapter=True),
+        Contender("prefix", "full", peer=True, adapter=True),
         _of_run("bias"),
         _of_run("random"),
         _of_run("lisa"),
         _of_run("greentrainer-dp"),
+        Contender("published", "full", peer=True, budgeted=True),
         _of_run("edgegt", "greentrainer"),
     )
 }
@@ -66,7 +68,7 @@ def parse_contenders(text: str) -> tuple[str, ...]:
                 f"--strategies '{format_text(name)}' is unknown{nearest(name, CONTENDERS)}: give some of "
                 f"{', '.join(CONTENDERS)}"
             )
-    peers = [name for name in names if CONTENDERS[name].peer]
+    peers = [name for name in names if CONTENDERS[name].adapter]
     if peers and find_spec("peft") is None:
         raise InputError(f"{', '.join(peers)} need PEFT: pip install edgegt[compare], or leave them out")
     return names

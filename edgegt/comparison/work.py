@@ -16,7 +16,7 @@ from typing import Any
 
 from edgegt.comparison.contenders import CONTENDERS
 from edgegt.comparison.jobs import MEASURE, TUNE, WARM_UP, Job, cumulated
-from edgegt.comparison.peers import PeerTrainee
+from edgegt.comparison.peers import PeerTrainee, trainee_of_peer
 from edgegt.data import Example, Reading
 from edgegt.errors import BudgetError, EdgegtError, InputError, Interrupted
 from edgegt.folder import make_folder
@@ -123,7 +123,7 @@ def _done(job: Job, setup: Setup, log: Steps, place: Path) -> dict[str, Any]:
 
 def _trainee(job: Job, setup: Setup, log: Steps, keeper: Keeper) -> Any:
     peer = CONTENDERS[job.contender].peer
-    log.trainee = PeerTrainee(setup, log, keeper, job.contender) if peer else trainee_of(setup, log, keeper)
+    log.trainee = trainee_of_peer(setup, log, keeper, job.contender) if peer else trainee_of(setup, log, keeper)
     return log.trainee
 
 
@@ -161,7 +161,7 @@ def _measured(job: Job, setup: Setup, log: Steps, keeper: Keeper) -> dict[str, A
             raise
         return found | {"problem": str(error)}  # the budget of the others is known all the same
     if isinstance(trainee, PeerTrainee):
-        found["ratio"] = sum(trainee.flops_of(setup.schedule.shapes)) / setup.full_flops
+        found |= trainee.cost()
     began = time.perf_counter()
     try:
         trainee.train()
@@ -170,7 +170,7 @@ def _measured(job: Job, setup: Setup, log: Steps, keeper: Keeper) -> dict[str, A
             raise
     seconds = time.perf_counter() - began
     keeper.close()
-    if CONTENDERS[job.contender].budgeted:
+    if CONTENDERS[job.contender].budgeted and not isinstance(trainee, PeerTrainee):
         ratio = keeper.folder.read("plan-0.json")["predicted"]["flops_ratio"]
         found |= {"ratio": ratio, "once": float(len(setup.schedule.rounds) * trainee.probe_flops)}
     return found | _timed(setup, log, seconds, len(setup.schedule.rounds))
