@@ -179,7 +179,7 @@ def test_the_grid_grows_where_the_best_is_its_end_and_stops() -> None:
     assert best_factor(partial(loss_of, best=1.0), (0.5, 1.0, 2.0)) == 1.0 and asked == [0.5, 1.0, 2.0]
     asked.clear()
     assert best_factor(partial(loss_of, best=100.0), (1.0, 2.0)) == 2.0 * 2**MOST_GROWTH
-    assert asked == [1.0, 2.0, 4.0, 8.0]
+    assert asked == [2.0**power for power in range(2 + MOST_GROWTH)]
     with pytest.raises(InputError, match="no learning rate of the grid"):
         best_factor(lambda factor: float("inf"), (1.0,))
 

@@ -17,7 +17,7 @@ GRID = (0.5, 1.0, 2.0, 4.0)
 STORED = "stored"
 STORED_FILE = Path(__file__).with_name("rates.toml")
 STEP = 2.0
-MOST_GROWTH = 2
+MOST_GROWTH = 4
 
 
 def read_rates(name: str, model: str = "") -> dict[str, float]:
@@ -47,7 +47,7 @@ def write_rates(path: Path, factors: Mapping[str, float], about: str) -> None:
 
 
 def best_factor(loss_of: Callable[[float], float], grid: Sequence[float]) -> float:
-    """The factor with the least validation loss; while it is the grid's first or last, the grid grows there, twice.
+    """The factor with the least validation loss; while it is the first or last of the grid, the grid grows there.
 
     Raises: InputError when no factor trains at all.
     """
