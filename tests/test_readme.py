@@ -16,6 +16,7 @@ OTHER_FLAGS = {
     "--config", "--resume", "--explain", "--frontier", "--help", "--model", "--patch", "--extra-index-url",
     "--metrics", "--answers", "--tokens", "--logdir", "--to", "--dtype", "--weights", "--force",
     "--system", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--stop", "--json",
+    "--onnx", "--bits",
 }  # fmt: skip
 
 
