@@ -49,6 +49,7 @@ def trace(form: Form) -> Traced:
         assert program is not None
         model = program.model
         held = _as_inputs(model.graph, form)
+        _in_float(model.graph)
         _simplify(model)
     graph = model.graph
     weights = {}
@@ -64,6 +65,29 @@ def trace(form: Form) -> Traced:
     for value in graph.all_values() if hasattr(graph, "all_values") else ():
         value.metadata_props.clear()
     return Traced(form, model, weights)
+
+
+def _in_float(graph: Any) -> None:
+    """Compute in float32, and round, where a model computes in bfloat16 (Falcon's alibi), which onnxruntime does not."""
+    import onnx_ir as ir
+
+    half, plain = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    for node in list(graph):
+        if node.op_type == "Cast" or not any(given is not None and given.dtype == half for given in node.inputs):
+            continue
+        for index, given in enumerate(node.inputs):
+            if given is not None and given.dtype == half:
+                wide = ir.node("Cast", [given], {"to": plain})
+                wide.outputs[0].dtype, wide.outputs[0].shape = plain, given.shape
+                graph.insert_before(node, wide)
+                node.replace_input_with(index, wide.outputs[0])
+        for made in node.outputs:
+            if made.dtype == half:
+                back = ir.node("Cast", [made], {"to": half})
+                made.replace_all_uses_with(back.outputs[0])
+                back.replace_input_with(0, made)
+                back.outputs[0].dtype, back.outputs[0].shape, made.dtype = half, made.shape, plain
+                graph.insert_after(node, back)
 
 
 def _simplify(model: Any) -> None:
