@@ -68,7 +68,7 @@ def trace(form: Form) -> Traced:
 
 
 def _in_float(graph: Any) -> None:
-    """Compute in float32, and round, where a model computes in bfloat16 (Falcon's alibi), which onnxruntime does not."""
+    """Compute in float32, and round, where a model computes in bfloat16 (Falcon's alibi): onnxruntime cannot."""
     import onnx_ir as ir
 
     half, plain = ir.DataType.BFLOAT16, ir.DataType.FLOAT
