@@ -134,10 +134,19 @@ class Trainer:
 
         return generate_text(str(self._trained()), None, None, prompt, tokens)
 
-    def export(self, folder: str | Path, dtype: str | None = None, force: bool = False) -> Path:
-        """Write the model with what was trained as a folder that transformers loads without edgegt."""
+    def export(self, folder: str | Path, dtype: str | None = None, force: bool = False, to: str = "hf") -> Path:
+        """Write the model with what was trained as a folder that transformers loads without edgegt.
+
+        to: 'hf', or 'onnx' for ONNX files in 8 bits (`edgegt.export_onnx` has more to choose).
+        """
         from edgegt.export import export_model
 
+        if to not in ("hf", "onnx") or (to == "onnx" and dtype is not None):
+            raise InputError(f"cannot export to '{to}' with dtype {dtype}: give 'hf', or 'onnx' without a dtype")
+        if to == "onnx":
+            from edgegt.onnx.write import export_onnx
+
+            return export_onnx(str(self._trained()), None, None, str(folder), force=force, log=self.log)
         return export_model(str(self._trained()), None, None, str(folder), dtype, force, self.log)
 
     def _trained(self) -> Path:

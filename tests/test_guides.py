@@ -20,14 +20,6 @@ INDEX = "docs/guides/README.md"
 GUIDES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs/guides").glob("*.md"))
 EXAMPLES = ROOT / "docs/examples"
 RUN = "guide: run"
-# Commands that are described before they are there. Each must leave this list when it parses.
-WAITING = {
-    "chat runs/base-7m-jetson-1": "edgegt chat",
-    "export runs/model-auto-1 --to onnx --output model-onnx": "export --to onnx",
-    "export runs/model-auto-1 --to onnx --output model-onnx-int8 --bits 8": "export --to onnx",
-    "generate --onnx model-onnx What you want to ask": "generate --onnx",
-}
-WAITING_EXTRAS = {"export"}
 
 
 def parses(words: list[str]) -> bool:
@@ -44,10 +36,10 @@ def test_the_readme_links_the_index_and_the_index_every_guide() -> None:
     assert sorted([*linked, "README.md"]) == [Path(guide).name for guide in GUIDES]
 
 
-def test_every_command_parses_or_waits_for_its_feature() -> None:
+def test_every_command_parses() -> None:
     every = [words for guide in GUIDES for words in edgegt_commands(guide)]
     assert len(every) > 20
-    assert {" ".join(words) for words in every if not parses(words)} == set(WAITING)
+    assert [" ".join(words) for words in every if not parses(words)] == []
 
 
 @pytest.mark.parametrize("guide", GUIDES)
@@ -73,7 +65,7 @@ def test_a_formula_within_a_line_ends_in_it(guide: str) -> None:
 def test_extras_exist_or_wait() -> None:
     project = read_toml(ROOT / "pyproject.toml", "", "project")["project"]
     named = {name for guide in GUIDES for name in re.findall(r"edgegt\[(\w+)\]", text_of(guide))}
-    assert named - set(project["optional-dependencies"]) == WAITING_EXTRAS
+    assert named - set(project["optional-dependencies"]) == set()
 
 
 def test_the_profile_written_from_scratch_is_read_and_every_field_is_explained(tmp_path: Path) -> None:
@@ -154,8 +146,6 @@ def counting_model(path: Path) -> None:
 
 
 def test_the_loop_for_onnx_runtime_passes_the_past_on_and_stops(tmp_path: Path) -> None:
-    for package in ("onnx", "onnxruntime"):
-        pytest.importorskip(package, reason="comes with edgegt[export]")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {f"t{number}": number for number in range(20)}

@@ -17,6 +17,7 @@ OTHER_FLAGS = {
     "--metrics", "--answers", "--tokens", "--logdir", "--to", "--dtype", "--weights", "--force",
     "--strategies", "--seeds", "--equal", "--rates",
     "--system", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--stop", "--json",
+    "--onnx", "--bits",
 }  # fmt: skip
 
 

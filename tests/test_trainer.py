@@ -50,6 +50,8 @@ def test_trains_evaluates_answers_and_leaves_no_text(tmp_path: Path) -> None:
     assert ours.evaluate(ROWS[:3])["rows"] == 3
     assert isinstance(ours.generate(ROWS[0]["prompt"], tokens=4), str)
     assert (ours.export(tmp_path / "model") / "model.safetensors").is_file()
+    with pytest.raises(InputError, match="cannot export to 'gguf'"):
+        ours.export(tmp_path / "other", to="gguf")
     files = kept_rows()
     assert len(files) == 3 and all(path.stat().st_mode & 0o77 == 0 for path in files)
     del ours

@@ -82,6 +82,9 @@ def float_model(base: Pretrained, patch: Patch | None) -> FloatModel:
     if tied and patch is not None and head in patch.names:
         untie_head(module)
     module.set_attn_implementation("eager")
+    module.config._attn_implementation = (
+        "eager"  # of families that have one attention only, which ignore the line before
+    )
     model = FloatModel(base, patch, module.eval().requires_grad_(False))
     made: dict[int, nn.Parameter] = {}
     for path, part in list(module.named_modules()):

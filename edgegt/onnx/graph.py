@@ -34,8 +34,6 @@ class Traced:
 
 def trace(form: Form) -> Traced:
     """The graph of a form. Raises: InputError when torch cannot export the model."""
-    from onnxscript import optimizer
-
     free = {name: dict.fromkeys(form.axes[name], torch.export.Dim.DYNAMIC) for name in form.inputs}
     with _quiet(), torch.no_grad():
         try:
@@ -51,7 +49,8 @@ def trace(form: Form) -> Traced:
         assert program is not None
         model = program.model
         held = _as_inputs(model.graph, form)
-        optimizer.optimize_ir(model)
+        _in_float(model.graph)
+        _simplify(model)
     graph = model.graph
     weights = {}
     for name, value in held.items():
@@ -66,6 +65,49 @@ def trace(form: Form) -> Traced:
     for value in graph.all_values() if hasattr(graph, "all_values") else ():
         value.metadata_props.clear()
     return Traced(form, model, weights)
+
+
+def _in_float(graph: Any) -> None:
+    """Compute in float32, and round, where a model computes in bfloat16 (Falcon's alibi): onnxruntime cannot."""
+    import onnx_ir as ir
+
+    half, plain = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    for node in list(graph):
+        if node.op_type == "Cast" or not any(given is not None and given.dtype == half for given in node.inputs):
+            continue
+        for index, given in enumerate(node.inputs):
+            if given is not None and given.dtype == half:
+                wide = ir.node("Cast", [given], {"to": plain})
+                wide.outputs[0].dtype, wide.outputs[0].shape = plain, given.shape
+                graph.insert_before(node, wide)
+                node.replace_input_with(index, wide.outputs[0])
+        for made in node.outputs:
+            if made.dtype == half:
+                back = ir.node("Cast", [made], {"to": half})
+                made.replace_all_uses_with(back.outputs[0])
+                back.replace_input_with(0, made)
+                back.outputs[0].dtype, back.outputs[0].shape, made.dtype = half, made.shape, plain
+                graph.insert_after(node, back)
+
+
+def _simplify(model: Any) -> None:
+    """Fold what is constant and compute once what is computed twice.
+
+    onnxscript's own list of passes without its rewrite rules, which take half of an export and find little: onnxruntime
+    has its own.
+    """
+    import onnx_ir.passes.common as passes
+    from onnx_ir.passes import Sequential
+    from onnxscript import optimizer
+
+    passes.InlinePass()(model)
+    optimizer.fold_constants(model)
+    Sequential(
+        passes.IdentityEliminationPass(), passes.RemoveUnusedNodesPass(), passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(), passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(), passes.CommonSubexpressionEliminationPass(), passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)  # fmt: skip
 
 
 def _as_arguments(form: Form, free: dict[str, Any]) -> Any:
