@@ -25,6 +25,9 @@ __all__ = ["FORMATS", "STRATEGIES", "Formats", "Plan", "Problem", "Smallest", "W
 
 Strategy = Callable[[Case, int, float], Choice]
 EXACT_GAP = 1e-6
+# What two random draws may differ by, of their worth, without one being a better way to train: recomputing layers only
+# to have drawn more weights would waste FLOPs.
+BY_CHANCE = 0.1
 MEMORY = (1, 2, 3)  # the budgets of a case that are bytes
 
 _SIMPLER: dict[str, Callable[[Case, int], Choice]] = {
@@ -96,7 +99,8 @@ def plan(problem: Problem, strategy: str = "greentrainer", seed: int = 0) -> Pla
     if strategy not in STRATEGIES:
         known = ", ".join(STRATEGIES)
         raise InputError(f"unknown strategy '{strategy}'{nearest(strategy, STRATEGIES)}: choose one of {known}")
-    cases = _Cases(problem, joint if strategy == "greentrainer" else _cut_down(_SIMPLER[strategy]), seed)
+    solve = joint if strategy == "greentrainer" else _cut_down(_SIMPLER[strategy])
+    cases = _Cases(problem, solve, seed, BY_CHANCE if strategy in ("random", "lisa") else 0.0)
     way, choice = _best(cases)
     if not choice.mask:
         _refuse(cases, strategy)
@@ -118,6 +122,7 @@ class _Cases:
     problem: Problem
     solve: Strategy = joint
     seed: int = 0
+    tolerance: float = 0.0
     made: dict[Way, Case] = field(default_factory=dict)
     bounds: dict[Way, float] = field(default_factory=dict)
     solved: dict[Way, Choice] = field(default_factory=dict)
@@ -126,7 +131,7 @@ class _Cases:
     def gap(self) -> float:
         """Ways whose worth differs by a smaller share count as equally good: no more than the solver leaves open."""
         candidates = sum(value > 0 for value in self.problem.values.values())
-        return EXACT_GAP if candidates < EXACT_BELOW else RELATIVE_GAP
+        return max(self.tolerance, EXACT_GAP if candidates < EXACT_BELOW else RELATIVE_GAP)
 
     def of(self, way: Way) -> Case:
         if way not in self.made:
