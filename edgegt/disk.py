@@ -58,10 +58,11 @@ def replacing(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its place, and that of what is there, when the block ends without an error.
+def replacing_folder(path: Path, force: bool) -> Iterator[Path]:
+    """A folder beside `path` that takes its place when the block ends without an error; with `force` also that of what
+    is there.
 
-    Raises: DiskError when it cannot be made; what was there stays.
+    Raises: DiskError when it cannot be made, or something came to be there meanwhile; what was there stays.
     """
     partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
     try:
@@ -69,6 +70,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         yield partial
         _synchronise(partial)
         if os.path.lexists(path):
+            if not force:
+                raise DiskError(f"'{path}' was made by another program meanwhile: it stays; give a new name")
             path.rename(old)
         partial.rename(path)
         _synchronise(path.parent)

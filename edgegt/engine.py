@@ -12,14 +12,18 @@ from edgegt.architecture import decoder_start, is_encoder_decoder, positions_of
 
 
 class TorchEngine:
-    """A transformers model that writes. eos: ids that end an answer, as in `decoding.Engine`."""
+    """A transformers model that writes. eos: ids that end an answer, as in `decoding.Engine`.
 
-    def __init__(self, module: Any, eos: Sequence[int], device: torch.device) -> None:
+    forced: the id that every answer of an encoder-decoder must begin with.
+    """
+
+    def __init__(self, module: Any, eos: Sequence[int], device: torch.device, forced: int | None = None) -> None:
         self.module = module
         self.device = device
         self.eos = tuple(eos)
         self.positions = positions_of(module.config)
         self.start = decoder_start(module.config)
+        self.forced = forced
         self.reused = 0
         self._read: list[int] = []
         self._cache: Any = None
@@ -52,9 +56,8 @@ class TorchEngine:
         self._read, self._cache = [], empty_cache(self.module.config)
         assert self.start is not None
         logits = self._forward((self.start,))
-        forced = getattr(self.module.generation_config, "forced_bos_token_id", None)
-        if forced is not None:  # as some models for summaries and translation demand
-            logits = torch.full_like(logits, -torch.inf).index_fill_(0, self._tensor([forced])[0], 0)
+        if self.forced is not None:  # as some models for summaries and translation demand
+            logits = torch.full_like(logits, -torch.inf).index_fill_(0, self._tensor([self.forced])[0], 0)
         return logits
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from edgegt.data import Example, Row, collate
 from edgegt.decoding import LEAST_TOKENS
 from edgegt.engine import empty_cache
 from edgegt.loss import class_logits, supervised_loss
+from edgegt.sampling import Defaults
 
 
 @torch.no_grad()
@@ -97,16 +98,20 @@ def score_words(before: Mapping[str, Any], after: Mapping[str, Any] | None = Non
 
 @torch.no_grad()
 def answer(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, batch_size: int, device: torch.device
-) -> list[str]:
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, batch_size: int,
+    device: torch.device, defaults: Defaults | None = None,
+) -> list[str]:  # fmt: skip
     """The greedy continuation of each prompt (token ids), as text, until the end of text or `new_tokens`.
+
+    defaults: what the model's files say of ids that end an answer, or begin it.
 
     Of an encoder-decoder the answer to it. Prompts are padded on the left, an encoder's on the right.
 
     A model that knows fewer positions answers more shortly (from LEAST_TOKENS on), and reads the prompt's end only; an
     encoder its beginning and its last token, as in training (`data.pairs`).
     """
-    positions, pairs = positions_of(model.config), is_encoder_decoder(model.config)
+    positions, pairs, defaults = positions_of(model.config), is_encoder_decoder(model.config), defaults or Defaults()
+    ends = list(dict.fromkeys((tokenizer.eos_token_id, *defaults.eos)))
     if positions is not None and pairs:
         new_tokens = min(new_tokens, positions - 1)
         prompts = [one if len(one) <= positions else (*one[: positions - 1], one[-1]) for one in prompts]
@@ -126,10 +131,10 @@ def answer(
             first = 0 if pairs else width - len(prompts[index])
             ids[row, first : first + len(prompts[index])] = torch.tensor(prompts[index])
             mask[row, first : first + len(prompts[index])] = 1
-        cache = {"past_key_values": empty_cache(model.config)} if pairs else {}
+        own = {"past_key_values": empty_cache(model.config), "forced_bos_token_id": defaults.first} if pairs else {}
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens, do_sample=False,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, **cache,
+            eos_token_id=ends, pad_token_id=pad, **own,
         )  # fmt: skip
         texts = tokenizer.batch_decode(out if pairs else out[:, width:], skip_special_tokens=True)
         for index, text in zip(part, texts, strict=True):

@@ -139,7 +139,7 @@ def export_model(
     base = open_pretrained(base_of(run, model))
     base.check(given)
     path = new_folder(output, force, (base.source.directory, given.path), log)
-    with replacing_folder(path) as partly:
+    with replacing_folder(path, force) as partly:
         done = _write_model(base, given, partly, dtype)
         write_card(base, given, run, partly, done)
     say_what_was_done(done, log)

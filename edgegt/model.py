@@ -163,21 +163,21 @@ def head_is_apart(config: Any, source: Source) -> bool:
     return _head_is_apart(model, source, head_name(model))
 
 
-def outline(config: Any, source: Source) -> tuple[Any, str, bool]:
+def outline(config: Any, source: Source, attention: str | None = None) -> tuple[Any, str, bool]:
     """The skeleton, its head apart where the files have it so; the head's name, and whether it is the embedding's.
 
-    The name of a classifier's head is empty.
+    The name of a classifier's head is empty. attention: transformers' name of it; None: the one that counts.
     """
-    model = skeleton(copy.deepcopy(config))
+    model = skeleton(copy.deepcopy(config), attention)
     head = head_name(model)
     if head and _head_is_apart(model, source, head):
         untie_head(model)
     return model, head, bool(head) and is_head_tied(model)
 
 
-def skeleton(config: Any) -> Any:
+def skeleton(config: Any, attention: str | None = None) -> Any:
     """The float architecture with its matrices on the meta device and small tensors in place."""
-    attention, auto = register_attention(), auto_class(config)
+    attention, auto = attention or register_attention(), auto_class(config)
     with _NoMatrices(), not_drawn(config):
         try:
             return auto.from_config(config, dtype=torch.float32, attn_implementation=attention)

@@ -126,7 +126,7 @@ def _check(name: str, value: Any, called: str) -> None:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model's generation_config.json says. sampling: None where it says nothing about it.
+    """What a model's files say of answers. sampling: None where generation_config.json says nothing about it.
 
     first: the id that an encoder-decoder's answer must begin with.
     """
@@ -137,11 +137,13 @@ class Defaults:
 
 
 def generation_defaults(directory: Path) -> Defaults:
-    """The defaults that a model folder has; none where the file is missing.
+    """The defaults that a model folder has. Without that file, config.json says which ids end and begin an answer.
 
     Raises: InputError when the file cannot be read, or a number in it is out of range.
     """
     path = directory / GENERATION_CONFIG
+    if not path.is_file():
+        path = directory / "config.json"
     if not path.is_file():
         return Defaults()
     try:
@@ -152,11 +154,15 @@ def generation_defaults(directory: Path) -> Defaults:
         raise InputError(f"{path} is no JSON object: correct it, or delete it")
     listed = said.get("eos_token_id")
     eos = tuple(one for one in (listed if isinstance(listed, list) else [listed]) if type(one) is int)
+    first = said.get("forced_bos_token_id")
+    first = first if type(first) is int else None
+    if path.name != GENERATION_CONFIG:
+        return Defaults(None, eos, first)
     names = ["repetition_penalty", *(("temperature", *_DRAWING) if said.get("do_sample") is True else ())]
     given = {name: said[name] for name in names if said.get(name) is not None}
     for name, value in given.items():
         _check(name, value, f"{path}: {name}")
     if said.get("do_sample") is True:
         given.setdefault("temperature", 1.0)
-    found, first = Sampling(**given), said.get("forced_bos_token_id")
-    return Defaults(None if found == Sampling() else found, eos, first if type(first) is int else None)
+    found = Sampling(**given)
+    return Defaults(None if found == Sampling() else found, eos, first)

@@ -94,13 +94,18 @@ def _in_onnx(run: str | None, model: str | None, patch: str | None, onnx: str) -
 
     from edgegt.onnx.module import OnnxModule
     from edgegt.onnx.runtime import OnnxModel
+    from edgegt.patch import open_patch
     from edgegt.source import load_tokenizer, read_config
 
     if model is not None or patch is not None:
         raise InputError("--onnx is a whole model: leave out --model and --patch")
     directory, options = Path(onnx), None if run is None else RunFolder(Path(run)).options()
+    if options is not None and options.classifies:
+        raise InputError(f"'{run}' says the class of a text, and ONNX files write: leave out --onnx")
     files = OnnxModel(directory)
     module, about = OnnxModule(files, read_config(onnx)), files.about
+    if run is not None and open_patch(RunFolder(Path(run)).patch).fingerprint != about.get("edgegt.base"):
+        raise InputError(f"the ONNX files in '{onnx}' are of another base than '{run}': give those exported from it")
     separator, household = about.get("edgegt.separator", ""), about.get("edgegt.household") == "yes"
     made = torch.device("cpu"), options, separator
     return Subject(module, load_tokenizer(directory), *made, directory=directory, trained=True, household=household)

@@ -142,7 +142,7 @@ def engine_of(subject: Subject, *ends: int) -> Engine:
     stops = tuple(dict.fromkeys((subject.tokenizer.eos_token_id, *defaults.eos, *ends)))
     if isinstance(subject.module, OnnxModule):
         return OnnxEngine(subject.module.model, stops, subject.positions, subject.start, defaults.first)
-    return TorchEngine(subject.module, stops, subject.device)
+    return TorchEngine(subject.module, stops, subject.device, defaults.first)
 
 
 def check_text(text: str, name: str) -> None:
@@ -163,6 +163,8 @@ def prompt_ids(subject: Subject, prompt: str) -> tuple[int, ...]:
     from edgegt.data import BY_TEMPLATE, Row, Turn, tokenize
 
     check_text(prompt, "the prompt")
+    if subject.start is not None and not prompt.strip():
+        raise InputError("the prompt is empty: give some text")
     prompt = own_words(subject, prompt)
     if subject.separator == BY_TEMPLATE:
         row = Row.of_turns((Turn("user", prompt), Turn("assistant", "x")), 1)

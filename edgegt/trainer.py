@@ -127,6 +127,9 @@ class Trainer:
             return evaluate_subject(str(self._trained()), data=self._path("asked"), **options)
         finally:
             del self._datasets["asked"]
+            asked = self._written.pop("asked", None)  # other rows may be asked next time
+            if asked is not None and asked not in self._written.values():
+                asked.unlink(missing_ok=True)
 
     def generate(self, prompt: str, tokens: int | None = None) -> str:
         """The greedy answer to a prompt; of a classifier the label of the text."""

@@ -12,7 +12,7 @@ from edgegt.folder import RunFolder
 from edgegt.log import Log
 from edgegt.metrics import asks, parse_metrics, score
 from edgegt.options import DATA_FORMATS, RunOptions
-from edgegt.sampling import Sampling
+from edgegt.sampling import Sampling, generation_defaults
 from edgegt.subject import Subject, load_subject
 from edgegt.talk import Wanted, engine_of, nowhere, reply
 from edgegt.units import format_text
@@ -147,7 +147,8 @@ def _answers(subject: Subject, prompts: Sequence[tuple[int, ...]], tokens: int) 
     from edgegt.onnx.module import OnnxModule
 
     if not isinstance(subject.module, OnnxModule):
-        return answer(subject.module, subject.tokenizer, prompts, tokens, 16, subject.device)
+        defaults = generation_defaults(subject.directory)
+        return answer(subject.module, subject.tokenizer, prompts, tokens, 16, subject.device, defaults)
     engine, wanted = engine_of(subject), Wanted(tokens)
     return [reply(engine, subject.tokenizer, one, wanted, Sampling(), nowhere).text for one in prompts]
 

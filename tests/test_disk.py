@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgegt import disk
-from edgegt.disk import DiskError, Lines, fault, read_lines, remove_halves, write_json, write_text
+from edgegt.disk import DiskError, Lines, fault, read_lines, remove_halves, replacing_folder, write_json, write_text
 
 
 class FullAfter:
@@ -131,3 +131,19 @@ def test_halves_of_files_are_removed_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     remove_halves(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "b.tmp", "a.json"}
+
+
+def test_a_folder_that_came_to_be_there_meanwhile_is_not_replaced_without_force(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+
+    def write(force: bool) -> None:
+        with replacing_folder(path, force) as partly:
+            (partly / "mine").touch()
+            path.mkdir(exist_ok=True)
+            (path / "theirs").touch()
+
+    with pytest.raises(DiskError, match="made by another program meanwhile"):
+        write(False)
+    assert [one.name for one in path.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [path]
+    write(True)
+    assert [one.name for one in path.iterdir()] == ["mine"] and list(tmp_path.iterdir()) == [path]

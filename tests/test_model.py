@@ -16,6 +16,7 @@ from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
 from edgegt.options import RunOptions
 from edgegt.quant import Int8Embedding, Int8Linear, dequantize
+from edgegt.sampling import Defaults
 from tiny_models import EVERY, FAMILIES, SHARED, batch_of, load, logits_of, save_model, start_of
 
 STORIES = SHARED / "data" / "models" / "stories260K"
@@ -168,6 +169,10 @@ def test_answers_stay_within_the_positions_of_the_model(family: str, tmp_path: P
 
     prompts = [list(range(3, 3 + length)) for length in (125, 40, 200)]
     answers = answer(model.module, Words(), prompts, 96, 2, torch.device("cpu"))
+    ends = Defaults(None, tuple(int(text.split()[1]) for text in answers), 7)
+    for text in answer(model.module, Words(), prompts, 96, 2, torch.device("cpu"), ends):
+        begun = text.split()[start_of(family) is not None :]
+        assert begun[0] == "7" if family == "bart" else len([one for one in begun if int(one) in ends.eos]) >= 1
     most = 96 + (start_of(family) is not None)  # a decoder's start is decoded too
     assert all(1 <= len(text.split()) <= most for text in answers)
 

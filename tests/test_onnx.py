@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +24,12 @@ from edgegt.engine import empty_cache
 from edgegt.errors import EdgegtError, InputError
 from edgegt.export import export_model
 from edgegt.log import Log
-from edgegt.onnx import parity, weights, write
+from edgegt.onnx import graph, parity, weights, write
 from edgegt.onnx.engine import OnnxEngine
 from edgegt.onnx.module import OnnxModule
 from edgegt.onnx.runtime import OnnxModel
 from edgegt.onnx.write import export_onnx
+from edgegt.options import RunOptions
 from edgegt.patch import save_patch
 from edgegt.pretrained import open_pretrained
 from edgegt.sampling import Sampling
@@ -292,6 +297,61 @@ def test_what_cannot_be_exported_or_run_is_said_in_one_line(
     monkeypatch.setattr(write, "find_spec", lambda name: None if name == "onnxscript" else object())
     said = refusal([*to, "onnx"], capsys)
     assert "--to onnx needs onnxscript: pip install edgegt[export]" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", [name for name in EVERY if name not in ("mixtral", "qwen2-moe")])
+def test_every_family_is_traced_with_attention_that_is_written_out(family: str, tmp_path: Path) -> None:
+    from edgegt.onnx.float_model import float_model
+    from edgegt.onnx.forms import forms_of
+
+    save_model(tmp_path, EVERY[family]())
+    model = float_model(open_pretrained(str(tmp_path)), None).module
+    assert {part.config._attn_implementation for part in model.modules() if hasattr(part, "config")} == {"eager"}
+    assert len(forms_of(model)) == 1 + (family in PAIRS)
+
+
+def test_ctrl_c_ends_an_export_that_the_exporter_would_go_on_with(
+    exported: Callable[[str, int], tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    before = signal.getsignal(signal.SIGINT)
+
+    def swallowed() -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1)  # the handler runs in here at the latest
+
+    def fails(*_: Any, **__: Any) -> None:
+        swallowed()
+        raise torch.onnx.errors.OnnxExporterError("every way failed")
+
+    with pytest.raises(KeyboardInterrupt), graph._stopped_by_ctrl_c():
+        swallowed()
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    home = exported("llama", 32)[0].parent
+    given = "--model", str(home / "base"), "--patch", str(home / "patch.safetensors")
+    assert cli.main(["export", *given, "--to", "onnx", "--output", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "edgegt: stopped"
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGINT) is before
+
+
+def test_files_of_another_base_do_not_stand_for_a_run(
+    exported: Callable[[str, int], tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, onnx = exported("llama", 32)
+    save_model(tmp_path / "other", EVERY["llama"](), seed=1)
+    patch = open_pretrained(str(tmp_path / "other"))
+    (tmp_path / "run").mkdir()
+    for name in ("run", "options"):
+        (tmp_path / "run" / f"{name}.json").write_text(json.dumps(dataclasses.asdict(RunOptions())))
+    save_patch(tmp_path / "run" / "patch.safetensors", {}, patch.fingerprint, "other", "0")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (onnx / name).write_bytes((runs.STORIES / name).read_bytes())
+    words = ["eval", str(tmp_path / "run"), "--onnx", str(onnx)]
+    assert "are of another base than" in refusal(words, capsys)
+    classifies = dataclasses.asdict(RunOptions(task="classification", data="x"))
+    (tmp_path / "run" / "options.json").write_text(json.dumps(classifies))
+    assert "says the class of a text, and ONNX files write" in refusal(words, capsys)
 
 
 def test_parity_counts_real_positions_only(exported: Callable[[str, int], tuple[Path, Path]]) -> None:

@@ -100,6 +100,9 @@ def test_what_was_read_is_less_likely_with_a_penalty() -> None:
 
 def test_defaults_come_from_the_models_own_file(tmp_path: Path) -> None:
     assert generation_defaults(tmp_path) == Defaults()
+    config = {"eos_token_id": [5, 6], "forced_bos_token_id": 4, "temperature": -1, "do_sample": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert generation_defaults(tmp_path) == Defaults(None, (5, 6), 4)
 
     def said(**fields: Any) -> Defaults:
         (tmp_path / "generation_config.json").write_text(json.dumps(fields))

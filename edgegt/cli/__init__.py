@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"edgegt: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("edgegt: stopped; nothing had been trained yet", file=sys.stderr)
+        more = "; nothing had been trained yet" if words[:1] == ["run"] else ""
+        print(f"edgegt: stopped{more}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

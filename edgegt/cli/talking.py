@@ -75,9 +75,9 @@ def _generate(parsed: argparse.Namespace) -> int:
     apart = parsed.model or parsed.onnx
     if len(parsed.words) != (1 if apart else 2):
         shape = f"PROMPT with --{'model' if parsed.model else 'onnx'}" if apart else "RUN PROMPT"
+        remedy = "leave out the run folder" if apart else "name the run folder"
         raise InputError(
-            f"`edgegt generate` takes {shape}, and got {len(parsed.words)} word(s): name the run folder, and quote "
-            "the prompt"
+            f"`edgegt generate` takes {shape}, and got {len(parsed.words)} word(s): {remedy}, and quote the prompt"
         )
     from edgegt.subject import load_subject
     from edgegt.talk import INTERRUPTED, generate, label_of, nowhere

@@ -76,15 +76,11 @@ class FloatModel:
 
 def float_model(base: Pretrained, patch: Patch | None) -> FloatModel:
     """The architecture of this base and patch. Raises: InputError for one that cannot be exported."""
-    module, head, tied = outline(base.config, base.source)
+    module, head, tied = outline(base.config, base.source, "eager")
     if any(is_experts(part) for part in module.modules()):
         raise InputError(f"'{base.source.name}' is a mixture of experts, which is not exported to ONNX: use --to hf")
     if tied and patch is not None and head in patch.names:
         untie_head(module)
-    module.set_attn_implementation("eager")
-    module.config._attn_implementation = (
-        "eager"  # of families that have one attention only, which ignore the line before
-    )
     model = FloatModel(base, patch, module.eval().requires_grad_(False))
     made: dict[int, nn.Parameter] = {}
     for path, part in list(module.named_modules()):

@@ -8,10 +8,13 @@ initializer that has a name and a shape and is given its values when the file is
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -35,7 +38,7 @@ class Traced:
 def trace(form: Form) -> Traced:
     """The graph of a form. Raises: InputError when torch cannot export the model."""
     free = {name: dict.fromkeys(form.axes[name], torch.export.Dim.DYNAMIC) for name in form.inputs}
-    with _quiet(), torch.no_grad():
+    with _quiet(), _stopped_by_ctrl_c(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 form.module, tuple(form.inputs.values()), dynamo=True, optimize=False, verbose=False,
@@ -149,12 +152,37 @@ def _version() -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of the exporter, which speak of what is registered, deprecated or renamed inside it."""
+    """Without the lines of the exporter, which speak of what is registered, deprecated, renamed or tried inside it."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
+
+
+@contextmanager
+def _stopped_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C counts although the exporter takes it for a failed attempt and tries on; only in the main thread."""
+    before, pressed = signal.getsignal(signal.SIGINT), []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt

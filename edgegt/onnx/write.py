@@ -44,12 +44,13 @@ def export_onnx(
     base.check(given)
     path = new_folder(output, force, (base.source.directory, given.path), log)
     made_from = float_model(base, given)
-    with replacing_folder(path) as partly, torch.no_grad():
+    with replacing_folder(path, force) as partly, torch.no_grad():
         done = Exported(given.names, f"ONNX, {bits} bits" if bits < 32 else "ONNX, float32", 0, [], library="onnx")
         for file in _files(made_from, partly, bits, _about(run, given, bits), log):
             done.files.append(file.name)
             done.total_bytes += file.stat().st_size
         write_config(base, given, partly, "float32", done)
+        done.notes.clear()  # on how transformers would read a head's weights
         weights = {file.name for file in base.source.files.values()}
         done.left_out = copy_beside(base.source.directory, weights, partly)
         done.notes += _compared(made_from, partly, bits)
