@@ -155,6 +155,10 @@ def _shown(value: float) -> str:
 
 
 def _number_problems(options: RunOptions) -> list[str]:
+    for name in (*_RANGES, "eval_fraction"):  # from Python anything may come
+        value = getattr(options, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            return [f"{flag(name)} {format_text(str(value), 40)!r} is no number: give one"]
     problems = []
     for name, (above, most, allowed) in _RANGES.items():
         value = getattr(options, name)

@@ -314,7 +314,7 @@ def test_ctrl_c_ends_an_export_that_the_exporter_would_go_on_with(
     exported: Callable[[str, int], tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    before = signal.getsignal(signal.SIGINT)
+    home, before = exported("llama", 32)[0].parent, signal.getsignal(signal.SIGINT)
 
     def swallowed() -> None:
         with suppress(KeyboardInterrupt):
@@ -328,7 +328,6 @@ def test_ctrl_c_ends_an_export_that_the_exporter_would_go_on_with(
     with pytest.raises(KeyboardInterrupt), graph._stopped_by_ctrl_c():
         swallowed()
     monkeypatch.setattr(torch.onnx, "export", fails)
-    home = exported("llama", 32)[0].parent
     given = "--model", str(home / "base"), "--patch", str(home / "patch.safetensors")
     assert cli.main(["export", *given, "--to", "onnx", "--output", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "edgegt: stopped"

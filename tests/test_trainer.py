@@ -48,12 +48,13 @@ def test_trains_evaluates_answers_and_leaves_no_text(tmp_path: Path) -> None:
     held_out = ours.evaluate()
     assert held_out["rows"] == 20 and held_out["loss"] == pytest.approx(trained.loss_after, rel=1e-4)
     assert ours.evaluate(ROWS[:3])["rows"] == 3
+    assert ours.evaluate(ROWS[:5])["rows"] == 5
     assert isinstance(ours.generate(ROWS[0]["prompt"], tokens=4), str)
     assert (ours.export(tmp_path / "model") / "model.safetensors").is_file()
     with pytest.raises(InputError, match="cannot export to 'gguf'"):
         ours.export(tmp_path / "other", to="gguf")
     files = kept_rows()
-    assert len(files) == 3 and all(path.stat().st_mode & 0o77 == 0 for path in files)
+    assert len(files) == 2 and all(path.stat().st_mode & 0o77 == 0 for path in files)
     del ours
     gc.collect()
     assert kept_rows() == []
@@ -102,6 +103,7 @@ def test_a_run_that_was_broken_off_goes_on(
     [
         ((home.MODEL, ROWS), {"memry": "1GiB"}, "unknown option 'memry'.*memory"),
         ((home.MODEL, ROWS), {"rho": 2.0}, "--rho 2 is out of range"),
+        ((home.MODEL, ROWS), {"rho": "half"}, "--rho 'half' is no number"),
         ((object(), ROWS), {}, "the model is a object: give the folder"),
         ((home.MODEL, 7), {}, "train_dataset is a int: give a path, or a list of rows"),
         ((home.MODEL, []), {}, "train_dataset has no rows"),
@@ -109,7 +111,7 @@ def test_a_run_that_was_broken_off_goes_on(
         ((home.MODEL, [{"text": {1, 2}}]), {}, "train_dataset, row 1 cannot be written as JSON"),
         ((None, ROWS), {}, "--data without --model"),
     ],
-    ids=["option", "value", "model", "dataset", "empty", "row", "json", "no model"],
+    ids=["option", "value", "type", "model", "dataset", "empty", "row", "json", "no model"],
 )
 def test_what_cannot_be_is_said(arguments: tuple[Any, ...], options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
