@@ -25,6 +25,7 @@ from edgegt.keeper import Keeper
 from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.prepare import Setup, default_lr, prepare
+from edgegt.rounds import Rounds, Standing
 from edgegt.run import evaluate, keeper_of, trainee_of
 from edgegt.subject import Subject
 from edgegt.use import ANSWERED_ROWS, answered, questions
@@ -171,9 +172,27 @@ def _measured(job: Job, setup: Setup, log: Steps, keeper: Keeper) -> dict[str, A
     seconds = time.perf_counter() - began
     keeper.close()
     if CONTENDERS[job.contender].budgeted and not isinstance(trainee, PeerTrainee):
-        ratio = keeper.folder.read("plan-0.json")["predicted"]["flops_ratio"]
+        measures = setup.options.measures_importance
+        ratio = keeper.folder.read("plan-0.json")["predicted"]["flops_ratio"] if measures else _planned(setup, log)
         found |= {"ratio": ratio, "once": float(len(setup.schedule.rounds) * trainee.probe_flops)}
     return found | _timed(setup, log, seconds, len(setup.schedule.rounds))
+
+
+def _planned(setup: Setup, log: Log) -> float:
+    """FLOPs of all rounds of a strategy that measures nothing, of full fine-tuning's: it can be planned whole."""
+    values = {weight.name: float(weight.numel) for weight in setup.need.table.weights}
+    rounds, before, spent, step = Rounds(setup, log), None, 0, 0
+    trained: set[str] = set()
+    for index, steps in enumerate(rounds.lengths):
+        at = Standing(index, step, spent, tuple(sorted(trained)), len(rounds.lengths) - index - 1, 0.0)
+        before = rounds.plan(at, values, before)
+        rounds.fix(before)
+        table = rounds.table()
+        shapes = setup.schedule.shapes[step : step + steps]
+        spent += table.train_work(table.mask(before.selected), before.recompute).total(shapes)
+        trained |= {*before.selected}
+        step += steps
+    return spent / setup.full_flops
 
 
 def _timed(setup: Setup, log: Steps, seconds: float, rounds: int) -> dict[str, Any]:
