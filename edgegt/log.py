@@ -50,6 +50,9 @@ class Log:
             f"loss {entry['loss']:.3f}  {entry['tokens_per_s']:.0f} tokens/s  "
             f"{format_bytes(entry['bytes'])}  {format_duration(entry['remaining_s'])} left"
         )
+        if "cache_hits" in entry:
+            hits, visits = entry["cache_hits"], max(1, entry["cache_visits"])
+            facts += f"  {hits / visits:.0%} of rows from disk ({format_bytes(entry['cache_read_bytes'])})"
         if self._bar is not None:
             self._bar.update(self._task, completed=entry["step"], facts=facts)
 
