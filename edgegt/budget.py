@@ -45,7 +45,7 @@ class Need:
 
     formats, head_rows: the number formats and parts of the head that may be trained, the preferred first.
     prepared_bytes: the peak of what was done so far, below which no budget can be kept.
-    rows: those of which hidden states may be kept.
+    rows: those of which hidden states may be kept, None where none are; spare: those of which they could be.
     """
 
     table: CostTable
@@ -58,6 +58,7 @@ class Need:
     copy_bytes: int = 0
     prepared_bytes: int = 0
     rows: Rows | None = None
+    spare: Callable[[], Rows | None] = lambda: None
 
     @property
     def around(self) -> Surroundings:
@@ -160,11 +161,12 @@ def flops_budget(rho: float, options: RunOptions, need: Need, schedule: Schedule
 
 
 def _least_otherwise(options: RunOptions, need: Need, schedule: Schedule, full: int, probing: int) -> str:
-    """What would be reachable without kept hidden states, where they are counted on."""
-    if need.rows is None:
+    """What would be reachable without kept hidden states, or with them where none are kept."""
+    rows = need.spare() if need.rows is None else None
+    if rows is None and need.rows is None:
         return ""
-    least = smallest(_anything(options, replace(need, rows=None), schedule)).rho_flops + probing
-    return f"; {least / full:.3f} with --cache off"
+    least = smallest(_anything(options, replace(need, rows=rows), schedule)).rho_flops + probing
+    return f"; {least / full:.3f} with --cache {'off' if rows is None else 'auto'}"
 
 
 def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:

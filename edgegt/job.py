@@ -34,7 +34,6 @@ from edgegt.data import (
 from edgegt.device import Resolved, resolve_device
 from edgegt.errors import InputError
 from edgegt.host import Host, read_host
-from edgegt.log import Log
 from edgegt.options import RunOptions
 from edgegt.prefix import FREE_SHARE, Rows
 from edgegt.units import format_bytes, format_text
@@ -151,24 +150,22 @@ def memory_budget(options: RunOptions, device: Resolved, host: Host) -> tuple[in
     return asked, None
 
 
-def storage_budget(options: RunOptions, device: Resolved, table: CostTable, log: Log) -> int:
-    """Bytes of the disk that hidden states may take: the profile's, and at most half of what is free; 0 for none."""
-    if options.cache == "off":
-        return 0
-    why = ""
-    if options.strategy == "full":
-        why = "full fine-tuning trains every layer"
-    elif table.encoder_decoder:
-        why = "an encoder-decoder's layers always run"
-    if why:
-        log.fallback(f"--cache {options.cache}: no hidden states are kept: {why}")
-        return 0
+def storage_budget(options: RunOptions, device: Resolved, table: CostTable) -> tuple[int, str | None]:
+    """Bytes of the disk that hidden states may take: the profile's, and at most half of what is free; 0 for none.
+
+    With a line that says so when they are fewer than the profile's.
+    """
+    if options.strategy == "full" or table.encoder_decoder:
+        full = "full fine-tuning trains every layer"
+        return (
+            0,
+            f"no hidden states are kept: {full if options.strategy == 'full' else 'the model is an encoder-decoder'}",
+        )
     place = Path(options.output or ".").absolute()
     there = next(folder for folder in (place, *place.parents) if folder.exists())
     allowed, free = device.profile.cache_bytes, shutil.disk_usage(there).free // FREE_SHARE
-    if free < allowed:
-        log.fallback(f"hidden states may take {format_bytes(free)}, half of what is free, not {format_bytes(allowed)}")
-    return min(allowed, free)
+    less = f"hidden states may take {format_bytes(free)}, half of what is free, not {format_bytes(allowed)}"
+    return min(allowed, free), less if free < allowed else None
 
 
 def rows_to_keep(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -186,14 +187,19 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
         eight_bit, rates = decided.eight_bit, Rates(**decided.rates)
     trim()
     vocabulary = outputs_of(config)
-    cache_bytes = decided.cache_bytes if decided else storage_budget(options, resolved, table, log)
+    cache_bytes, fewer = (decided.cache_bytes, None) if decided else storage_budget(options, resolved, table)
+    if fewer and options.cache != "off":
+        log.fallback(fewer)
+    keepable = partial(
+        rows_to_keep, options, corpus, schedule, table.width, cache_bytes, resolved.profile.storage_bytes_per_s
+    )
     need = Need(
         table, decided.floor_bytes if decided else watch.now(), vocabulary, corpus.longest_held_out,
         formats=tuple(formats for formats in FORMATS if eight_bit or formats.states == "float32"),
         head_rows=(None,) if corpus.labels else head_forms(len(corpus.used_tokens), vocabulary), rates=rates,
         copy_bytes=table.largest_weight if device.type == "cuda" else 0,
         prepared_bytes=decided.prepared_bytes if decided else watch.peak(),
-        rows=rows_to_keep(options, corpus, schedule, table.width, cache_bytes, resolved.profile.storage_bytes_per_s),
+        rows=keepable() if options.cache != "off" else None, spare=keepable,
     )  # fmt: skip
     memory_bytes, less = (decided.memory_bytes, None) if decided else memory_budget(options, resolved, host)
     if less:

@@ -22,10 +22,10 @@ PACKAGE = ROOT / "edgegt"
 LAYERS = {
     "command line and Python": "cli __main__ trainer",
     "order": "run",
-    "stages": "calibrate full trainee frozen recovery rounds held prepare subject use talk conversation outlook survey doctor"
-    " report export card onnx plain hf floats",
-    "parts of a run": "train signals recompute skipping hidden evaluate keeper checkpoint selection importance patch speed budget job"
-    " pretrained merge decoding engine sampling detokenize",
+    "stages": "calibrate full trainee frozen recovery rounds held prepare subject use talk conversation outlook survey"
+    " doctor report export card onnx plain hf floats",
+    "parts of a run": "train signals recompute skipping hidden evaluate keeper checkpoint selection importance patch"
+    " speed budget job pretrained merge decoding engine sampling detokenize",
     "model and data": "model pieces trace graph architecture classifier attention experts fused head loss optimizer"
     " flops store source data quant native",
     "surroundings": "folder log guard watch pacing sensors home process tensorboard",
