@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -169,12 +170,12 @@ def storage_budget(options: RunOptions, device: Resolved, table: CostTable) -> t
 
 
 def rows_to_keep(
-    options: RunOptions, corpus: Corpus, schedule: Schedule, width: int, limit: int, bytes_per_s: float
+    options: RunOptions, train: Sequence[Example], schedule: Schedule, width: int, limit: int, bytes_per_s: float
 ) -> Rows | None:
     """The training rows whose hidden states may be kept within so many bytes; None where none may."""
-    if not limit:
+    if not limit or not train:
         return None
-    inputs = [example.inputs for example in corpus.train]
+    inputs = [example.inputs for example in train]
     wanted = options.cache == "on"
     return Rows(inputs, schedule.batches, schedule.shapes, width, options.batch_size, limit, bytes_per_s, wanted)
 

@@ -191,7 +191,7 @@ def prepare(options: RunOptions, log: Log, decided: Decisions | None = None, spe
     if fewer and options.cache != "off":
         log.fallback(fewer)
     keepable = partial(
-        rows_to_keep, options, corpus, schedule, table.width, cache_bytes, resolved.profile.storage_bytes_per_s
+        rows_to_keep, options, corpus.train, schedule, table.width, cache_bytes, resolved.profile.storage_bytes_per_s
     )
     need = Need(
         table, decided.floor_bytes if decided else watch.now(), vocabulary, corpus.longest_held_out,

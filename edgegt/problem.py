@@ -137,12 +137,20 @@ class Problem:
         """Predicted seconds that kept states save, less those of making and reading them; 0 without rates."""
         if self.rates is None or self.caching is None or self.footing is None:
             return 0.0
-        layers, footing = self.table.layers[: self.boundary], self.footing
-        saved = sum(self.rates.layer_s(layer, footing.skipped) for layer in layers)
-        made = sum(self.rates.layer_s(layer, footing.fill) for layer in layers)
+        footing, count = self.footing, self.micro_batches(way)
+        saved, made = (
+            self.rates.skipped_s(self.table, self.boundary, totals) for totals in (footing.skipped, footing.fill)
+        )
         moved = footing.read_bytes + (footing.nbytes if footing.fill.row else 0)
-        whole = self.rates.fixed_s(self.table, self.totals, self.steps, self.micro_batches(way))
-        return min(saved - made - moved / self.caching.bytes_per_s, whole)
+        whole = self.rates.fixed_s(self.table, self.totals, self.steps, count)
+        return min(saved + self.saved_dispatch_s(way) - made - moved / self.caching.bytes_per_s, whole)
+
+    def saved_dispatch_s(self, way: Way) -> float:
+        """The part of `saved_s` that is dispatch."""
+        if self.rates is None or self.footing is None:
+            return 0.0
+        count = self.micro_batches(way)
+        return self.rates.skipped_dispatch_s(self.boundary, self.footing.skipped, self.totals, count)
 
     @cached_property
     def full_flops(self) -> int:

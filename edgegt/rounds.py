@@ -197,7 +197,8 @@ class Rounds:
         table = self.table()
         whole = rates.run_s(table, table.mask(chosen.selected), totals, steps, micro, chosen.recompute)
         skipped = self._skipped(first, first + steps, chosen)
-        return whole - sum(rates.layer_s(layer, skipped) for layer in table.layers[: chosen.boundary])
+        saved = rates.skipped_s(table, chosen.boundary, skipped)
+        return whole - saved - rates.skipped_dispatch_s(chosen.boundary, skipped, totals, micro)
 
     def record(
         self, folder: RunFolder, at: Standing, steps: int, chosen: Plan, values: Mapping[str, float], head: str
