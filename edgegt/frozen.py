@@ -35,7 +35,7 @@ class NotKept(EdgegtError):
 
 
 class FrozenPrefix:
-    """What is kept for one model in training. examples: the training rows; rows: None where nothing may be kept.
+    """What is kept, or was last, for one model in training. examples: its rows; rows: None where nothing may be kept.
 
     hits, visits, read_bytes: rows that were read and rows that were trained on while states were kept, and bytes read;
     saved_flops: of the forward passes that did not run.
@@ -56,7 +56,7 @@ class FrozenPrefix:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs of it."""
-        names = ("visits", "hits", "read_bytes", "saved_flops", "_counted")
+        names = ("boundary", "kept_rows", "nbytes", "visits", "hits", "read_bytes", "saved_flops", "_counted")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, tree: Mapping[str, Any]) -> None:
@@ -130,7 +130,8 @@ class FrozenPrefix:
     def remove(self) -> None:
         """Delete what is kept."""
         self._close()
-        self.boundary = 0
+        if not self.hits:  # else it is what was kept
+            self.boundary = 0
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _close(self) -> None:

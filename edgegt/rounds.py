@@ -105,7 +105,7 @@ class Rounds:
             if before is None:
                 raise
             self.log.fallback(f"round {at.index + 1} keeps the tensors of the round before: {error}")
-        return before
+        return before if self.keeping else replace(before, boundary=0, cached={})
 
     def smaller(self, at: Standing, values: Mapping[str, float], before: Plan) -> Plan:
         """A plan for less memory: the same tensors, if smaller micro-batches or recomputation suffice, else fewer.
