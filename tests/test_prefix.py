@@ -14,6 +14,7 @@ from edgegt.memory import Surroundings
 from edgegt.planner import Problem, plan, smallest
 from edgegt.prefix import Caching, Rows
 from edgegt.problem import case_of
+from edgegt.rates import Rates
 
 LAYERS, WIDTH = 3, 16
 
@@ -153,6 +154,34 @@ def test_rows_that_come_once_are_kept_only_where_that_is_asked_for() -> None:
     assert plan(found).boundary > 0
     least = replace(found, caching=replace(found.caching, wanted=False), flops=found.full_flops)
     assert 0 in least.boundaries and plan(least).value == plan(replace(least, caching=None)).value
+
+
+RATES = Rates(
+    int8=2e8, int8_back=2e8, dw=2e8, attention=1e8, float32=1e8, forward_bytes=1e8, backward_bytes=1e8, logits=1e6,
+    optimizer=1e7, dispatch_s=1e-4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bytes_per_s", [1e9, 1e3])
+def test_time_counts_reading_and_what_does_not_run(bytes_per_s: float) -> None:
+    found = replace(problem(rows(6), 0.9), rates=RATES, seconds=1e9)
+    assert found.caching is not None
+    found = replace(found, caching=replace(found.caching, bytes_per_s=bytes_per_s))
+    fast, slow = smallest(found).seconds, smallest(replace(found, caching=None)).seconds
+    assert fast < slow if bytes_per_s == 1e9 else fast == slow
+    chosen = plan(replace(found, seconds=1.05 * fast))
+    assert chosen.seconds is not None
+    assert chosen.seconds <= 1.05 * fast
+    assert bool(chosen.boundary) == (bytes_per_s == 1e9)
+    there = found.at(2)
+    way, footing = there.ways()[0], there.footing
+    assert footing is not None
+    moved = (footing.read_bytes + footing.nbytes) / bytes_per_s
+    dispatch = RATES.dispatch_s * 2 * there.micro_batches(way)
+    made = RATES.skipped_s(there.table, 2, footing.fill)
+    assert there.saved_s(way) == pytest.approx(
+        RATES.skipped_s(there.table, 2, footing.skipped) + dispatch - made - moved
+    )
 
 
 def test_what_is_recorded_can_be_read_again() -> None:

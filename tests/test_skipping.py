@@ -15,6 +15,7 @@ from edgegt.loss import supervised_loss
 from edgegt.model import Int8Model
 from edgegt.skipping import AGREES, Skipper
 from edgegt.trace import trace
+from tiny_classifiers import ENCODERS, classes_batch, load_classifier, save_classifier
 from tiny_models import CPU, FAMILIES, batch_of, load, save_model
 
 FEW = ("llama", "gemma2", "bloom")
@@ -99,3 +100,10 @@ def test_a_model_that_gives_something_else_is_noticed(tmp_path: Path) -> None:
     skipper.layers[-1] = torch.nn.Identity()
     with pytest.raises(EdgegtError, match="in order"):
         skipper.capture(batch_of(2), CPU)
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, "llama", "gpt2"])
+def test_classifiers_too(family: str, tmp_path: Path) -> None:
+    save_classifier(tmp_path / "model", family, True)
+    model = load_classifier(tmp_path / "model", tmp_path / "cache")
+    assert Skipper(model.module, 1).differs(classes_batch(family), CPU) == 0.0
