@@ -95,7 +95,7 @@ def test_a_footing_counts_what_is_skipped_read_and_made(limit: int) -> None:
 
 
 @pytest.mark.parametrize("rho", [0.2, 0.27, 0.33, 0.4, 0.5, 0.8])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_plan_is_the_best_over_all_boundaries(rho: float, seed: int) -> None:
     found, best = problem(rows(5), rho, seed=seed), 0.0
     for boundary in found.boundaries:

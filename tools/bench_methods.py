@@ -32,7 +32,7 @@ from edgegt.architecture import all_layers
 WARM_UP = 2
 RUN_STEPS = 200
 RHOS = {"edgegt-0.5": 0.5, "edgegt-0.36": 0.36, "edgegt-0.28-kept": 0.28}
-KEPT = "-kept"  # with hidden states below the lowest trained layer kept on the disk
+KEPT, EPOCHS = "-kept", 5  # with hidden states kept on the disk, and so many visits of each row
 NAMES = (*METHODS, *RHOS)
 DEVICE = "laptop-x86-16gb"
 MEMORY_SHARE = 0.9
@@ -132,10 +132,15 @@ def edgegt_words(bench: Bench, name: str, memory: int, folder: Path) -> list[str
         "--eval-data", str(bench.work / HELD_OUT_FILE), "--eval-rows", str(HELD_OUT), "--device", DEVICE,
         "--rho", f"{RHOS[name]:g}", "--cache", "auto" if name.endswith(KEPT) else "off",
         "--memory", f"{memory // 2**20}MiB", "--strategy", "greentrainer",
-        "--steps", str(max(RUN_STEPS, WARM_UP + bench.steps)), "--batch-size", str(bench.size.rows),
+        "--steps", str(run_steps(bench, name)), "--batch-size", str(bench.size.rows),
         "--max-length", str(bench.size.tokens), "--threads", str(bench.threads), "--no-examples", "--quiet",
         "--output", str(folder),
     ]  # fmt: skip
+
+
+def run_steps(bench: Bench, name: str) -> int:
+    """Steps of the run that is started: one visit of each row, or several where states are kept between them."""
+    return max(RUN_STEPS, WARM_UP + bench.steps) * (EPOCHS if name.endswith(KEPT) else 1)
 
 
 def lines_of(path: Path) -> int:
@@ -179,7 +184,7 @@ def edgegt_row(bench: Bench, name: str, config: Any, memory: int) -> tuple[Row, 
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if entry["round"] == 0][: WARM_UP + bench.steps]
     per_step = (steps[-1]["flops"] - steps[0]["flops"]) / (len(steps) - 1)
-    total = max(RUN_STEPS, WARM_UP + bench.steps)
+    total = run_steps(bench, name)
     rounds = -(-total // plan["steps"])
     planned = len(list(folder.glob("plan-*.json")))  # rounds that have begun, and have measured importance
     flops = total * per_step + rounds * run["measured"]["probe_flops"] / planned
