@@ -240,6 +240,13 @@ class Rounds:
             f"round {at.index + 1}/{len(self.lengths)}: training {len(names)} of {len(table.weights)} tensors "
             f"({where}{more}), {chosen.flops_ratio:.1%} of full FLOPs, {format_bytes(chosen.peak_bytes)} predicted peak"
         )
+        if chosen.boundary:
+            size, rows = format_bytes(chosen.cached["bytes"]), chosen.cached["rows"]
+            self.log.say(f"hidden states of {rows} rows are kept below layer {chosen.boundary}: at most {size}")
+        elif self.keeping and setup.options.cache == "on":
+            self.log.fallback(
+                f"round {at.index + 1}: no hidden states are kept: what is trained leaves no layer for it"
+            )
 
     def _rest(self, at: Standing, values: Mapping[str, float]) -> Problem:
         """The steps that will be made from here on, under FLOPs and memory; a deadline ends them in any case."""
