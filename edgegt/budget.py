@@ -12,6 +12,7 @@ from edgegt.job import Schedule
 from edgegt.memory import Formats, Surroundings, always_bytes, fixed_terms, slack_bytes
 from edgegt.options import RunOptions
 from edgegt.planner import FORMATS, Problem, smallest
+from edgegt.prefix import Rows
 from edgegt.problem import unlimited
 from edgegt.rates import Rates
 from edgegt.units import format_bytes, format_duration
@@ -44,6 +45,7 @@ class Need:
 
     formats, head_rows: the number formats and parts of the head that may be trained, the preferred first.
     prepared_bytes: the peak of what was done so far, below which no budget can be kept.
+    rows: those of which hidden states may be kept, None where none are; spare: those of which they could be.
     """
 
     table: CostTable
@@ -55,6 +57,8 @@ class Need:
     rates: Rates | None = None
     copy_bytes: int = 0
     prepared_bytes: int = 0
+    rows: Rows | None = None
+    spare: Callable[[], Rows | None] = lambda: None
 
     @property
     def around(self) -> Surroundings:
@@ -68,7 +72,7 @@ class Need:
         """The problem of a first round on these batches."""
         return Problem(
             self.table, values, shapes, flops, memory_bytes, self.around, self.vocabulary, options.batch_size,
-            self.formats, self.head_rows, seconds, self.rates,
+            self.formats, self.head_rows, seconds, self.rates, self.rows.caching(0) if self.rows else None,
         )  # fmt: skip
 
     def evaluation_bytes(self, rows: int, held_bytes: int = 0) -> int:
@@ -146,13 +150,23 @@ def flops_budget(rho: float, options: RunOptions, need: Need, schedule: Schedule
     least = smallest(_anything(options, need, schedule)).rho_flops + probing
     if least > int(rho * full):
         smallest_rho = math.ceil(least / full * 100) / 100
+        other = _least_otherwise(options, need, schedule, full, probing)
         remedy = f"give --rho {smallest_rho:.2f} or more" if smallest_rho <= 1 else "give more --steps or --epochs"
         raise BudgetError(
             f"--rho {rho:g} is below the smallest reachable {least / full:.3f} on {schedule.steps} steps "
-            f"(of it {probing / full:.3f} to measure importance): {remedy}",
+            f"(of it {probing / full:.3f} to measure importance{other}): {remedy}",
             smallest_rho=smallest_rho,
         )
     return int(rho * full)
+
+
+def _least_otherwise(options: RunOptions, need: Need, schedule: Schedule, full: int, probing: int) -> str:
+    """What would be reachable without kept hidden states, or with them where none are kept."""
+    rows = need.spare() if need.rows is None else None
+    if rows is None and need.rows is None:
+        return ""
+    least = smallest(_anything(options, replace(need, rows=rows), schedule)).rho_flops + probing
+    return f"; {least / full:.3f} with --cache {'off' if rows is None else 'auto'}"
 
 
 def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:

@@ -265,6 +265,10 @@ class CostTable:
                 work += self.layers[index].forward
         return work
 
+    def below(self, boundary: int) -> Work:
+        """FLOPs of the forward pass of the layers below this one."""
+        return sum((layer.forward for layer in self.layers[:boundary]), Work())
+
     def full_work(self) -> Work:
         """FLOPs of full fine-tuning as transformers runs it: forward and twice that, the head on every position."""
         everywhere = self.head.kept

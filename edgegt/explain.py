@@ -57,23 +57,24 @@ def explain(
     probe_flops, probe_s: of the run's importance probes, which the problem's budgets do not hold any more. say: takes
     a line before each budget is lifted, since planning again takes its time.
     """
+    here = problem.at(found.boundary)
     return {
         "memory": {"phase": phase_of(found.memory), "peak_bytes": found.peak_bytes, "terms": dict(found.memory)},
-        "flops": flops_parts(problem, found) | {PROBES: probe_flops},
+        "flops": flops_parts(here, found) | {PROBES: probe_flops},
         "full_flops": problem.full_flops,
-        "seconds": None if problem.rates is None else seconds_parts(problem, found) | {PROBES: probe_s},
+        "seconds": None if problem.rates is None else seconds_parts(here, found) | {PROBES: probe_s},
         "budgets": [_lifted(problem, found, name, say) for name in BUDGETS if name != "time" or problem.seconds],
-        "decisions": [_with_probes(decision, probe_flops, probe_s) for decision in _decisions(problem, found)],
+        "decisions": [_with_probes(decision, probe_flops, probe_s) for decision in _decisions(here, found)],
     }
 
 
 def flops_parts(problem: Problem, found: Plan) -> dict[str, int]:
-    """The FLOPs of training over all batches, by part; they add up to the plan's."""
+    """The FLOPs of training over all batches, by part; they add up to the plan's. problem: at the plan's boundary."""
     way = _way(found)
     table, totals = problem.table_of(way), problem.totals
     mask = table.mask(found.selected)
     return {
-        "forward": table.forward.over(totals),
+        "forward": table.forward.over(totals) - problem.saved_flops,
         "gradients to inputs": sum(path.flops.over(totals) for path in table.paths if path.weights & mask),
         "gradients to weights": sum(table.weights[bit].dw.over(totals) for bit in bits(mask)),
         "recomputation": sum(table.layers[index].forward.over(totals) for index in found.recompute),
@@ -92,8 +93,8 @@ def seconds_parts(problem: Problem, found: Plan) -> dict[str, float]:
     dispatch = rates.dispatch_s * dispatches(table) * max(count, steps)
     update = steps * sum(weight.numel / rates.optimizer + rates.update_s for weight in chosen)
     return {
-        "forward and loss": fixed - dispatch,
-        "dispatch": dispatch,
+        "forward and loss": fixed - dispatch - problem.saved_s(way) + problem.saved_dispatch_s(way),
+        "dispatch": dispatch - problem.saved_dispatch_s(way),
         "gradients to inputs": sum(rates.path_s(path, totals) for path in table.paths if path.weights & mask),
         "gradients to weights": sum(rates.trained_s(weight, totals, steps) for weight in chosen) - update,
         "optimizer": update,

@@ -7,13 +7,15 @@ and nothing is written to the run folder yet.
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgegt import home
-from edgegt.cost import BatchShape
+from edgegt.cost import BatchShape, CostTable
 from edgegt.data import (
     BadRow,
     Example,
@@ -34,6 +36,7 @@ from edgegt.device import Resolved, resolve_device
 from edgegt.errors import InputError
 from edgegt.host import Host, read_host
 from edgegt.options import RunOptions
+from edgegt.prefix import FREE_SHARE, Rows
 from edgegt.units import format_bytes, format_text
 
 TWO_ROUNDS_FROM = 40
@@ -146,6 +149,35 @@ def memory_budget(options: RunOptions, device: Resolved, host: Host) -> tuple[in
         line = f"only {format_bytes(there)} of memory are available here: the budget is that, not {format_bytes(asked)}"
         return there, line
     return asked, None
+
+
+def storage_budget(options: RunOptions, device: Resolved, table: CostTable) -> tuple[int, str | None]:
+    """Bytes of the disk that hidden states may take: the profile's, and at most half of what is free; 0 for none.
+
+    With a line that says so when they are fewer than the profile's.
+    """
+    if options.strategy == "full" or table.encoder_decoder:
+        full = "full fine-tuning trains every layer"
+        return (
+            0,
+            f"no hidden states are kept: {full if options.strategy == 'full' else 'the model is an encoder-decoder'}",
+        )
+    place = Path(options.output or ".").absolute()
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    allowed, free = device.profile.cache_bytes, shutil.disk_usage(there).free // FREE_SHARE
+    less = f"hidden states may take {format_bytes(free)}, half of what is free, not {format_bytes(allowed)}"
+    return min(allowed, free), less if free < allowed else None
+
+
+def rows_to_keep(
+    options: RunOptions, train: Sequence[Example], schedule: Schedule, width: int, limit: int, bytes_per_s: float
+) -> Rows | None:
+    """The training rows whose hidden states may be kept within so many bytes; None where none may."""
+    if not limit or not train:
+        return None
+    inputs = [example.inputs for example in train]
+    wanted = options.cache == "on"
+    return Rows(inputs, schedule.batches, schedule.shapes, width, options.batch_size, limit, bytes_per_s, wanted)
 
 
 def within_positions(options: RunOptions, positions: int | None) -> RunOptions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from edgegt.units import format_bytes, format_duration
+from edgegt.units import format_bytes, format_duration, format_flops
 
 
 class Log:
@@ -16,6 +16,7 @@ class Log:
         self.fallbacks: list[str] = []
         self._bar: Any = None
         self._task: Any = None
+        self._epoch = 0, 0.0, 0.0  # its number, when it began, and the seconds of the one before
 
     def say(self, line: str) -> None:
         """One line to the user."""
@@ -50,6 +51,15 @@ class Log:
             f"loss {entry['loss']:.3f}  {entry['tokens_per_s']:.0f} tokens/s  "
             f"{format_bytes(entry['bytes'])}  {format_duration(entry['remaining_s'])} left"
         )
+        epoch = int(entry.get("epoch", 0))
+        if epoch != self._epoch[0]:
+            self._epoch = epoch, entry["elapsed_s"], entry["elapsed_s"] - self._epoch[1]
+        if self._epoch[2]:
+            facts += f"  {format_duration(self._epoch[2])} for epoch {epoch}"
+        if "cache_hits" in entry:
+            hits = entry["cache_hits"] / max(1, entry["cache_visits"])
+            facts += f"  {hits:.0%} of rows from disk ({format_bytes(entry['cache_read_bytes'])}, "
+            facts += f"{format_flops(entry['saved_flops'])} saved)"
         if self._bar is not None:
             self._bar.update(self._task, completed=entry["step"], facts=facts)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgegt.errors import InputError, nearest
+from edgegt.prefix import MODES
 from edgegt.profile import Profile, read_toml
 from edgegt.rates import seconds_for_energy
 from edgegt.units import format_text, parse_bytes, parse_duration, parse_energy
@@ -76,6 +77,12 @@ class RunOptions:
         None, "percent of the battery below which the run waits for mains, with a checkpoint (default: any)"
     )
     only_on_mains: bool = _option(False, "wait, with a checkpoint, while the machine runs on its battery")
+    cache: str = _option(
+        "off",
+        "keep on disk, once per row, what the frozen layers below the lowest trained one give: where it saves FLOPs "
+        "(auto), always (on), or never (off)",
+        choices=MODES,
+    )
     tensorboard: bool = _option(False, "write the curves for TensorBoard too, into the run folder's tensorboard/")
     examples: bool = _option(True, "keep examples of the user's text in the run folder")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgegt.architecture import decoder_start, is_classifier, outputs_of, positions_of
@@ -23,6 +23,7 @@ from edgegt.budget import (
     smallest_bytes,
 )
 from edgegt.cost import BatchShape, CostTable
+from edgegt.data import Example
 from edgegt.device import Resolved
 from edgegt.errors import BudgetError, InputError
 from edgegt.job import (
@@ -34,6 +35,7 @@ from edgegt.job import (
     memory_budget,
     read_corpus,
     resolve,
+    rows_to_keep,
     within_positions,
 )
 from edgegt.log import Log
@@ -56,11 +58,15 @@ SPREAD = {"flops": (0.98, 1.0, 1.0), "bytes": (0.93, 1.0, 1.0), "seconds": (0.6,
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches that are planned for, in words too. used_tokens: different tokens in them, each a row of the head."""
+    """The batches that are planned for, in words too. used_tokens: different tokens in them, each a row of the head.
+
+    train: the rows, where there are data.
+    """
 
     schedule: Schedule
     words: str
     used_tokens: int
+    train: tuple[Example, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ def batches_of(options: RunOptions, model: str, config: Any) -> Batches:
         longest = max(shape.tokens for shape in schedule.shapes)
         words = f"{corpus.name} ({corpus.format}, {corpus.layout}): {schedule.steps} steps of "
         words += f"{options.batch_size} rows, at most {longest} tokens"
-        return Batches(schedule, words, len(corpus.used_tokens))
+        return Batches(schedule, words, len(corpus.used_tokens), corpus.train)
     tokens = min(DEFAULT_TOKENS, options.max_length)
     shape = BatchShape(options.batch_size, tokens, min(DEFAULT_KEPT, tokens))
     steps = options.steps or DEFAULT_STEPS
@@ -151,7 +157,7 @@ def classified_batches(options: RunOptions, model: str, config: Any) -> tuple[An
             f"{corpus.name} ({corpus.format}, {corpus.layout}, {len(corpus.labels)} classes): {schedule.steps} steps"
         )
         words += f" of {options.batch_size} rows, at most {max(shape.tokens for shape in schedule.shapes)} tokens"
-        return as_classifier(config, corpus.labels, options.seed, stored), Batches(schedule, words, 0)
+        return as_classifier(config, corpus.labels, options.seed, stored), Batches(schedule, words, 0, corpus.train)
     tokens, labels = min(DEFAULT_TOKENS, options.max_length), known_labels(config) or ("0", "1")
     shape, steps = BatchShape(options.batch_size, tokens, 1), options.steps or DEFAULT_STEPS
     words = f"default: {steps} steps of {shape.rows} rows x {tokens} tokens, {len(labels)} classes"
@@ -183,6 +189,10 @@ def prospect_of(
     heads = (None,) if is_classifier(config) else head_forms(batches.used_tokens, vocabulary)
     copied = table.largest_weight if profile.kind in ON_GPU else 0
     need = Need(table, FLOOR_BYTES, vocabulary, longest, head_rows=heads, rates=rates, copy_bytes=copied)
+    if options.cache != "off":
+        limit, bytes_per_s = 0 if table.encoder_decoder else profile.cache_bytes, profile.storage_bytes_per_s
+        rows = rows_to_keep(options, batches.train, schedule, table.width, limit, bytes_per_s)
+        need = replace(need, rows=rows)
     rho, seconds = options.rho or profile.rho, options.seconds_of(profile)
     full = table.full_work().total(schedule.shapes)
     probes = Probes(0, 0)
@@ -213,7 +223,7 @@ def prospect_of(
         "floor_bytes": FLOOR_BYTES, "weights": len(table.weights), "selected": [], "trained_parameters": 0,
         "lowest_layer": None, "head": False, "predicted": {},
         "micro_batch": None, "accumulation": None, "recompute": [], "formats": None,
-        "head_rows": None, "memory": {}, "optimality_gap": None, "notes": [],
+        "head_rows": None, "memory": {}, "optimality_gap": None, "notes": [], "boundary": 0, "cache": {},
     }  # fmt: skip
     if chosen is not None:
         outlook |= _chosen(chosen, problem)
@@ -234,6 +244,7 @@ def _chosen(chosen: Plan, problem: Problem) -> dict[str, Any]:
         "head": any(weight.kind == "head" for weight in trained),
         "recompute": list(chosen.recompute), "formats": asdict(chosen.formats), "head_rows": rows,
         "memory": chosen.memory, "notes": list(chosen.notes), "optimality_gap": chosen.optimality_gap,
+        "boundary": chosen.boundary, "cache": chosen.cached,
     }  # fmt: skip
 
 
@@ -297,6 +308,8 @@ def _choice_lines(outlook: dict[str, Any]) -> list[str]:
     batch = f"micro-batch {outlook['micro_batch']}"
     batch += f", {outlook['accumulation']} accumulated" if outlook["accumulation"] > 1 else ""
     kept = f"{len(again)} of {layers} layers recomputed ({_ranges(again)})" if again else "no layer recomputed"
+    if outlook["boundary"]:
+        kept += f"; what the lowest {outlook['boundary']} give is kept: {format_bytes(outlook['cache']['bytes'])}"
     gap = outlook["optimality_gap"]
     formats = f"{outlook['formats']['master']} masters, {outlook['formats']['states']} AdamW states"
     return [

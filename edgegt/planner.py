@@ -17,7 +17,7 @@ from edgegt.baselines import last_layers, published, random_layers, random_order
 from edgegt.case import Case, bits
 from edgegt.errors import BudgetError, EdgegtError, InputError, nearest
 from edgegt.memory import LIBRARY_BYTES, Formats
-from edgegt.problem import FORMATS, Problem, Way, case_of
+from edgegt.problem import FORMATS, Problem, Way, cached_facts, case_of
 from edgegt.solver import EXACT_BELOW, RELATIVE_GAP, Choice, joint, relaxed_bound
 from edgegt.units import GIB, MIB, format_duration
 
@@ -47,6 +47,8 @@ class Plan:
     recompute: layers whose forward runs again in backward. head_rows: rows of the head that are trained if it is
     selected, None for all. optimality_gap: at most this share of the bound is missing. flops_ratio: to full fine-tuning
     on the same batches. seconds: None without rates. memory: the named terms of peak_bytes.
+    boundary: the layer below which hidden states are kept, 0 for none; cache_first: from which step on their rows were
+    counted. cached: see `cached_facts`.
     """
 
     strategy: str
@@ -64,6 +66,9 @@ class Plan:
     peak_bytes: int
     memory: dict[str, int]
     notes: tuple[str, ...]
+    boundary: int = 0
+    cache_first: int = 0
+    cached: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict."""
@@ -100,11 +105,13 @@ def plan(problem: Problem, strategy: str = "greentrainer", seed: int = 0) -> Pla
         known = ", ".join(STRATEGIES)
         raise InputError(f"unknown strategy '{strategy}'{nearest(strategy, STRATEGIES)}: choose one of {known}")
     solve = joint if strategy == "greentrainer" else _cut_down(_SIMPLER[strategy])
-    cases = _Cases(problem, solve, seed, BY_CHANCE if strategy in ("random", "lisa") else 0.0)
-    way, choice = _best(cases)
-    if not choice.mask:
-        _refuse(cases, strategy)
-    return _checked(problem, strategy, way, choice)
+    chance = BY_CHANCE if strategy in ("random", "lisa") else 0.0
+    found, ceiling = _over_boundaries({b: _Cases(problem.at(b), solve, seed, chance) for b in problem.boundaries})
+    if found is None:
+        raise _refusal(problem, strategy)
+    boundary, way, choice = found
+    choice = replace(choice, bound=max(choice.bound, ceiling / way.worth))
+    return _checked(problem.at(_lowered(problem, boundary, way, choice)), strategy, way, choice)
 
 
 def smallest(problem: Problem) -> Smallest:
@@ -112,7 +119,46 @@ def smallest(problem: Problem) -> Smallest:
 
     Raises: InputError when there are no batches or no weight has an importance above 0.
     """
-    return _smallest(_Cases(problem))
+    plain, *others = (_smallest(_Cases(problem.at(boundary))) for boundary in problem.boundaries)
+    for other in others:
+        if other.rho_flops < plain.rho_flops:
+            plain = replace(plain, rho_flops=other.rho_flops, flops_weight=other.flops_weight)
+        plain = replace(plain, seconds=min(plain.seconds, other.seconds))
+    return plain
+
+
+def _over_boundaries(cases: Mapping[int, _Cases]) -> tuple[tuple[int, Way, Choice] | None, float]:
+    """The boundary, way and choice worth most, None where nothing fits; and what no boundary left out exceeds.
+
+    Only boundaries whose ceiling lies above the best known are solved. Where a cache is wanted, none comes last.
+    """
+    problem = cases[0].problem
+    if len(cases) == 1:
+        way, choice = _best(cases[0])
+        return ((0, way, choice) if choice.mask else None), 0.0
+    ceilings = {b: max(map(one.ceiling, one.frugal())) for b, one in cases.items()}
+    wanted = problem.caching is not None and problem.caching.wanted
+    found: tuple[int, Way, Choice] | None = None
+    best, left = 0.0, 0.0
+    for boundary in sorted(ceilings, key=lambda b: (wanted and b == 0, -ceilings[b], b)):
+        if ceilings[boundary] <= best * (1 + cases[boundary].gap) or (wanted and not boundary and found):
+            left = max(left, 0.0 if wanted and not boundary else ceilings[boundary])
+            continue
+        way, choice = _best(cases[boundary])
+        worth = way.worth * choice.value
+        if choice.mask and worth > best * (1 + cases[boundary].gap):
+            found, best = (boundary, way, choice), worth
+        left = max(left, way.worth * choice.bound)
+    return found, left
+
+
+def _lowered(problem: Problem, boundary: int, way: Way, choice: Choice) -> int:
+    """Of the boundaries that the choice allows, the one that costs least FLOPs: it may train nothing deep down."""
+    if problem.seconds is not None:
+        return boundary
+    lowest = min(problem.table.weights[bit].block for bit in bits(choice.mask))
+    allowed = [b for b in problem.boundaries if b <= lowest and (b or not boundary)]
+    return max(allowed, key=lambda b: (problem.at(b).saved_flops, b))
 
 
 @dataclass
@@ -271,26 +317,26 @@ def _affordable(costs: tuple[int, ...], left: tuple[int, ...]) -> bool:
     return all(cost <= room for row, (cost, room) in enumerate(zip(costs, left, strict=True)) if row not in MEMORY)
 
 
-def _refuse(cases: _Cases, strategy: str) -> None:
-    """Raises: BudgetError for the first budget that is too small; InputError when the strategy has no candidate."""
-    problem, least = cases.problem, _smallest(cases)
+def _refusal(problem: Problem, strategy: str) -> InputError:
+    """A BudgetError for the first budget that is too small; an InputError when the strategy has no candidate."""
+    least = smallest(problem)
     if least.rho_flops > problem.flops:
         rho = _ratio_covering(least.rho_flops, problem.full_flops)
-        raise BudgetError(
+        return BudgetError(
             f"rho {problem.flops / problem.full_flops:.3g} is below the smallest reachable {rho:.3f} (the forward "
             f"pass, and backward to {least.flops_weight}); give --rho {math.ceil(rho * 100) / 100:.2f} or more",
             smallest_rho=rho,
         )
     if problem.seconds is not None and least.seconds > problem.seconds:
         needed = math.ceil(least.seconds)
-        raise BudgetError(
+        return BudgetError(
             f"no weight can be trained within {format_duration(problem.seconds)}: the cheapest needs "
             f"{format_duration(needed)}; give --time {needed}s or more, or fewer --steps or --epochs",
             smallest_s=needed,
         )
     if least.memory_bytes > problem.memory_bytes:
-        raise BudgetError(_memory_message(problem, least), smallest_bytes=least.memory_bytes)
-    raise InputError(f"--strategy {strategy} finds nothing to train within the budgets: take greentrainer")
+        return BudgetError(_memory_message(problem, least), smallest_bytes=least.memory_bytes)
+    return InputError(f"--strategy {strategy} finds nothing to train within the budgets: take greentrainer")
 
 
 def _ratio_covering(flops: int, full: int) -> float:
@@ -338,22 +384,12 @@ def _checked(problem: Problem, strategy: str, way: Way, choice: Choice) -> Plan:
     if way.formats.master != "float32":
         notes.append(f"masters are {way.formats.master} with stochastic rounding, to fit into memory")
     return Plan(
-        strategy=strategy,
-        selected=selected,
-        recompute=choice.recompute,
-        micro_batch=way.micro_batch,
-        accumulation=-(-problem.batch_size // way.micro_batch),
-        formats=way.formats,
-        head_rows=way.head_rows,
-        value=choice.value,
-        optimality_gap=_gap(choice),
-        flops=flops,
-        flops_ratio=flops / problem.full_flops,
-        seconds=seconds,
-        peak_bytes=peak_bytes,
-        memory=memory,
-        notes=tuple(notes),
-    )
+        strategy=strategy, selected=selected, recompute=choice.recompute, micro_batch=way.micro_batch,
+        accumulation=-(-problem.batch_size // way.micro_batch), formats=way.formats, head_rows=way.head_rows,
+        value=choice.value, optimality_gap=_gap(choice), flops=flops, flops_ratio=flops / problem.full_flops,
+        seconds=seconds, peak_bytes=peak_bytes, memory=memory, notes=tuple(notes), boundary=problem.boundary,
+        cache_first=problem.footing.first if problem.footing else 0, cached=cached_facts(problem),
+    )  # fmt: skip
 
 
 def _gap(choice: Choice) -> float:

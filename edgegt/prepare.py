@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,8 @@ from edgegt.job import (
     model_name,
     read_corpus,
     resolve,
+    rows_to_keep,
+    storage_budget,
     within_positions,
 )
 from edgegt.log import Log
@@ -57,7 +60,7 @@ Reader = Callable[[RunOptions, Any, int | None, Reading | None], Corpus]
 class Decisions:
     """What depends on a clock or on free memory, or must not change: decided once, before the first step.
 
-    data: SHA-256 of each data file.
+    data: SHA-256 of each data file. cache_bytes: that hidden states may take on the disk.
     """
 
     version: str
@@ -71,6 +74,7 @@ class Decisions:
     rho: float
     seconds: float | None
     data: dict[str, str]
+    cache_bytes: int = 0
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Decisions:
@@ -189,12 +193,19 @@ def prepare(
         eight_bit, rates = decided.eight_bit, Rates(**decided.rates)
     trim()
     vocabulary = outputs_of(config)
+    cache_bytes, fewer = (decided.cache_bytes, None) if decided else storage_budget(options, resolved, table)
+    if fewer and options.cache != "off":
+        log.fallback(fewer)
+    keepable = partial(
+        rows_to_keep, options, corpus.train, schedule, table.width, cache_bytes, resolved.profile.storage_bytes_per_s
+    )
     need = Need(
         table, decided.floor_bytes if decided else watch.now(), vocabulary, corpus.longest_held_out,
         formats=tuple(formats for formats in FORMATS if eight_bit or formats.states == "float32"),
         head_rows=(None,) if corpus.labels else head_forms(len(corpus.used_tokens), vocabulary), rates=rates,
         copy_bytes=table.largest_weight if device.type == "cuda" else 0,
         prepared_bytes=decided.prepared_bytes if decided else watch.peak(),
+        rows=keepable() if options.cache != "off" else None, spare=keepable,
     )  # fmt: skip
     memory_bytes, less = (decided.memory_bytes, None) if decided else memory_budget(options, resolved, host)
     if less:
@@ -213,7 +224,7 @@ def prepare(
         check_memory(memory_bytes, options, need, schedule)
     decisions = decided or Decisions(
         __version__, kernels.backend.name, torch_threads(), eight_bit, asdict(rates),
-        need.floor_bytes, need.prepared_bytes, memory_bytes, rho, seconds, digests,
+        need.floor_bytes, need.prepared_bytes, memory_bytes, rho, seconds, digests, cache_bytes,
     )  # fmt: skip
     setup = Setup(
         options=options, resolved=resolved, host=host, source=source, config=config, tokenizer=tokenizer,

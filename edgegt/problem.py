@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 from edgegt.case import Case, Costs, Kept, Layer, bits
 from edgegt.cost import BatchShape, CostTable, Totals
@@ -28,6 +29,7 @@ from edgegt.memory import (
     slack_bytes,
     state_bytes,
 )
+from edgegt.prefix import Caching, Footing
 from edgegt.rates import Rates
 
 FORMATS = (Formats("float32", "float32"), Formats("float32", "8-bit"), Formats("bfloat16", "8-bit"))
@@ -61,6 +63,7 @@ class Problem:
     shapes: every batch the plan will train on. flops, seconds: what these may cost (seconds by `rates`; None: any).
     memory_bytes: peak of the whole process. batch_size: rows of an optimizer step. formats, head_rows: the choices
     that are allowed, the preferred first; head_rows are numbers of rows of the head, None for all of them.
+    caching: what hidden states could be kept, below any boundary; boundary: below which layer they are, 0 for none.
     """
 
     table: CostTable
@@ -75,6 +78,8 @@ class Problem:
     head_rows: tuple[int | None, ...] = (None,)
     seconds: float | None = None
     rates: Rates | None = None
+    caching: Caching | None = None
+    boundary: int = 0
 
     def __post_init__(self) -> None:
         if not self.shapes:
@@ -93,6 +98,59 @@ class Problem:
     def totals(self) -> Totals:
         """Sums over all batches."""
         return Totals.of(self.shapes)
+
+    @property
+    def footing(self) -> Footing | None:
+        """What is kept below the boundary; None for nothing."""
+        return self.caching.footing(self.boundary) if self.caching and self.boundary else None
+
+    def at(self, boundary: int) -> Problem:
+        """The same problem with states kept below another boundary."""
+        other = replace(self, boundary=boundary)
+        shared = ("totals", "full_flops", "_tables", "_settings")
+        other.__dict__.update({name: getattr(self, name) for name in shared})
+        return other
+
+    @property
+    def boundaries(self) -> list[int]:
+        """The boundaries to choose from, 0 for none: those that save FLOPs, or all where a cache is wanted."""
+        caching = self.caching
+        if caching is None:
+            return [0]
+        valued = [weight.block for weight in self.table.weights if self.values.get(weight.name, 0.0) > 0]
+        useful = [b for b in range(1, max(valued, default=0) + 1) if b >= min(valued) or b == caching.boundary]
+        return [0, *(b for b in useful if caching.wanted or self.at(b).saved_flops > 0)]
+
+    @cached_property
+    def fill_flops(self) -> int:
+        """FLOPs of making the states that are kept."""
+        return self.table.below(self.boundary).over(self.footing.fill) if self.footing else 0
+
+    @cached_property
+    def saved_flops(self) -> int:
+        """FLOPs that kept states save in the forward pass, less those of making them; may be below 0."""
+        if self.footing is None:
+            return 0
+        return self.table.below(self.boundary).over(self.footing.skipped) - self.fill_flops
+
+    def saved_s(self, way: Way) -> float:
+        """Predicted seconds that kept states save, less those of making and reading them; 0 without rates."""
+        if self.rates is None or self.caching is None or self.footing is None:
+            return 0.0
+        footing, count = self.footing, self.micro_batches(way)
+        saved, made = (
+            self.rates.skipped_s(self.table, self.boundary, totals) for totals in (footing.skipped, footing.fill)
+        )
+        moved = footing.read_bytes + (footing.nbytes if footing.fill.row else 0)
+        whole = self.rates.fixed_s(self.table, self.totals, self.steps, count)
+        return min(saved + self.saved_dispatch_s(way) - made - moved / self.caching.bytes_per_s, whole)
+
+    def saved_dispatch_s(self, way: Way) -> float:
+        """The part of `saved_s` that is dispatch."""
+        if self.rates is None or self.footing is None:
+            return 0.0
+        count = self.micro_batches(way)
+        return self.rates.skipped_dispatch_s(self.boundary, self.footing.skipped, self.totals, count)
 
     @cached_property
     def full_flops(self) -> int:
@@ -144,14 +202,14 @@ class Problem:
 
     def spent_flops(self, way: Way, mask: int, recompute: tuple[int, ...]) -> int:
         """The FLOPs of a choice over all batches."""
-        return self.table_of(way).train_work(mask, recompute).over(self.totals)
+        return self.table_of(way).train_work(mask, recompute).over(self.totals) - self.saved_flops
 
     def spent_s(self, way: Way, mask: int, recompute: tuple[int, ...]) -> float | None:
         """The predicted seconds of a choice over all batches, None without rates."""
         if self.rates is None:
             return None
         table, count, rates = self.table_of(way), self.micro_batches(way), self.rates.of_states(way.formats.states)
-        return rates.run_s(table, mask, self.totals, self.steps, count, recompute)
+        return rates.run_s(table, mask, self.totals, self.steps, count, recompute) - self.saved_s(way)
 
 
 def case_of(problem: Problem, way: Way) -> Case:
@@ -170,7 +228,11 @@ class _Builder:
         limited = problem.rates is not None and problem.seconds is not None
         self.rates = problem.rates.of_states(way.formats.states) if limited and problem.rates else None
         self.values = tuple(float(problem.values.get(weight.name, 0.0)) for weight in self.table.weights)
-        self.candidates = tuple(bit for bit, value in enumerate(self.values) if value > 0 and math.isfinite(value))
+        self.candidates = tuple(
+            bit for bit, value in enumerate(self.values)
+            if value > 0 and math.isfinite(value)
+            and (self.table.weights[bit].block >= problem.boundary or not problem.boundary)
+        )  # fmt: skip
         if not self.candidates:
             raise InputError("no weight has an importance above 0, so none is worth training: check the data and --lr")
 
@@ -258,12 +320,29 @@ class _Builder:
         room -= always_bytes(table, self.setting.accumulate, self.setting.formats)
         room = _without_slack(room) - sum(plane_bytes(weight) for weight in table.weights if weight.name in resting)
         logits, transient = passing_bytes(table, problem.around, self.setting)
-        flops = problem.flops - table.forward.over(problem.totals)
+        flops = problem.flops - table.forward.over(problem.totals) + problem.saved_flops
         if self.rates is None or problem.seconds is None:
             return flops, room - logits, room - transient, room - transient
         fixed = self.rates.fixed_s(table, problem.totals, problem.steps, problem.micro_batches(self.way))
-        seconds = math.floor((problem.seconds - fixed) * NANO)
+        seconds = math.floor((problem.seconds - fixed + problem.saved_s(self.way)) * NANO)
         return flops, room - logits, room - transient, room - transient, seconds
+
+
+def cached_facts(problem: Problem) -> dict[str, Any]:
+    """What keeping states comes to, for the record: FLOPs of making them, which a boundary that is there already does
+    not pay, and those saved after that; for the chosen boundary and for all others.
+    """
+    if problem.caching is None:
+        return {}
+    every = [problem.at(boundary) for boundary in range(1, problem.table.blocks + 1)]
+    footing = problem.footing or problem.caching.fresh
+    return {
+        "boundary": problem.boundary, "kept": problem.caching.boundary, "rows": footing.rows if problem.boundary else 0,
+        "bytes": footing.nbytes if problem.boundary else 0, "read_bytes": footing.read_bytes if problem.boundary else 0,
+        "fill_flops": problem.fill_flops, "saved_flops": problem.saved_flops,
+        "boundaries": [{"boundary": one.boundary, "fill_flops": one.fill_flops, "saved_flops": one.saved_flops}
+                       for one in every],
+    }  # fmt: skip
 
 
 def unlimited(problem: Problem) -> Problem:

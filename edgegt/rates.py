@@ -86,6 +86,14 @@ class Rates:
         kept = KEPT_PER_INPUT * layer.input_bytes.over(totals)
         return linear / self.int8 + attention / self.attention + kept / self.forward_bytes
 
+    def skipped_s(self, table: CostTable, boundary: int, skipped: Totals) -> float:
+        """What the layers below the boundary do not take when they do not run for these rows, dispatch aside."""
+        return sum(self.layer_s(layer, skipped) for layer in table.layers[:boundary])
+
+    def skipped_dispatch_s(self, boundary: int, skipped: Totals, totals: Totals, micro_batches: int) -> float:
+        """Dispatch of the layers below the boundary, where they run for no row of `totals`."""
+        return self.dispatch_s * boundary * micro_batches if skipped.row == totals.row else 0.0
+
     def fixed_s(self, table: CostTable, totals: Totals, steps: int, micro_batches: int) -> float:
         """What no choice changes: forward, head and loss, and the dispatch of all layers in every micro-batch.
 

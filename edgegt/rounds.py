@@ -18,6 +18,7 @@ from edgegt.folder import RunFolder
 from edgegt.log import Log
 from edgegt.memory import Formats
 from edgegt.planner import Plan, Problem, plan, smallest
+from edgegt.prefix import Caching
 from edgegt.prepare import Setup
 from edgegt.rates import Rates
 from edgegt.units import format_bytes
@@ -34,6 +35,7 @@ class Standing:
     """Where a plan begins. step: the first it is for; spent: FLOPs so far; trained: names of tensors with planes.
 
     later: rounds after this one; after_s: seconds to keep for what comes after training.
+    cached: boundary and first step of the hidden states on the disk, if any.
     """
 
     index: int
@@ -42,6 +44,7 @@ class Standing:
     trained: tuple[str, ...]
     later: int
     after_s: float
+    cached: tuple[int, int] | None = None
 
 
 @dataclass
@@ -57,7 +60,10 @@ class Predicted:
 
 
 class Rounds:
-    """Plans one run. lengths: steps of its rounds; formats and head_rows are one each once the first plan is fixed."""
+    """Plans one run. lengths: steps of its rounds; formats and head_rows are one each once the first plan is fixed.
+
+    keeping: whether hidden states can be kept.
+    """
 
     def __init__(self, setup: Setup, log: Log) -> None:
         self.setup, self.log = setup, log
@@ -67,12 +73,14 @@ class Rounds:
         self.slowness = FIRST_GUESS
         self.last_step = setup.schedule.steps
         self.problem: Problem | None = None
+        self.keeping = setup.need.rows is not None
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs of it."""
         return {
             "lengths": self.lengths, "formats": [asdict(formats) for formats in self.formats],
             "head_rows": list(self.head_rows), "slowness": self.slowness, "last_step": self.last_step,
+            "keeping": self.keeping,
         }  # fmt: skip
 
     def restore(self, tree: Mapping[str, Any]) -> None:
@@ -80,6 +88,7 @@ class Rounds:
         self.lengths, self.slowness, self.last_step = list(tree["lengths"]), tree["slowness"], tree["last_step"]
         self.formats = tuple(Formats(**formats) for formats in tree["formats"])
         self.head_rows = tuple(tree["head_rows"])
+        self.keeping = self.keeping and tree.get("keeping", True)
 
     def table(self) -> CostTable:
         """The cost table with as much of the head as this run trains, once that is decided."""
@@ -96,7 +105,7 @@ class Rounds:
             if before is None:
                 raise
             self.log.fallback(f"round {at.index + 1} keeps the tensors of the round before: {error}")
-        return before
+        return before if self.keeping else replace(before, boundary=0, cached={})
 
     def smaller(self, at: Standing, values: Mapping[str, float], before: Plan) -> Plan:
         """A plan for less memory: the same tensors, if smaller micro-batches or recomputation suffice, else fewer.
@@ -150,17 +159,16 @@ class Rounds:
         self, predicted: Predicted, first: int, steps: int, chosen: Plan, speeds: tuple[Rates, Rates], probe: int
     ) -> float:
         """Add a round to what is predicted of the run; returns its seconds per step on this machine. probe: FLOPs."""
-        setup, table = self.setup, self.table()
-        mask = table.mask(chosen.selected)
+        setup = self.setup
         shapes = setup.schedule.shapes[first : min(first + steps, self.last_step)]
-        predicted.flops += table.train_work(mask, chosen.recompute).total(shapes) + probe
+        predicted.flops += self.flops_left(first, first + steps, chosen) + chosen.cached.get("fill_flops", 0) + probe
         evaluation = setup.need.evaluation_bytes(setup.evaluation_rows(0))
         if chosen.peak_bytes > sum(predicted.memory_terms.values()):
             predicted.memory_terms = chosen.memory
         predicted.peak = max(predicted.peak, evaluation, chosen.peak_bytes)
         totals, micro = Totals.of(shapes), sum(-(-shape.rows // chosen.micro_batch) for shape in shapes)
         here, theirs = (
-            speed.of_states(chosen.formats.states).run_s(table, mask, totals, len(shapes), micro, chosen.recompute)
+            self._run_s(speed.of_states(chosen.formats.states), first, chosen, totals, len(shapes), micro)
             / max(1, len(shapes))
             for speed in speeds
         )
@@ -168,6 +176,29 @@ class Rounds:
         predicted.step_s += share * (here - predicted.step_s)
         predicted.device_step_s += share * (theirs - predicted.device_step_s)
         return here
+
+    def flops_left(self, first: int, end: int, chosen: Plan) -> int:
+        """What the steps from `first` to `end` cost with this plan, without making hidden states."""
+        table, end = self.table(), min(end, self.last_step)
+        work = table.train_work(table.mask(chosen.selected), chosen.recompute)
+        return work.total(self.setup.schedule.shapes[first:end]) - table.below(chosen.boundary).over(
+            self._skipped(first, end, chosen)
+        )
+
+    def _skipped(self, first: int, end: int, chosen: Plan) -> Totals:
+        """The rows, in the shapes of their batches, for which the layers below the plan's boundary do not run."""
+        rows = self.setup.need.rows
+        if rows is None or not chosen.boundary:
+            return Totals.of(())
+        return rows.footing(first, end, chosen.cache_first).skipped
+
+    def _run_s(self, rates: Rates, first: int, chosen: Plan, totals: Totals, steps: int, micro: int) -> float:
+        """Predicted seconds of `steps` steps from `first` on."""
+        table = self.table()
+        whole = rates.run_s(table, table.mask(chosen.selected), totals, steps, micro, chosen.recompute)
+        skipped = self._skipped(first, first + steps, chosen)
+        saved = rates.skipped_s(table, chosen.boundary, skipped)
+        return whole - saved - rates.skipped_dispatch_s(chosen.boundary, skipped, totals, micro)
 
     def record(
         self, folder: RunFolder, at: Standing, steps: int, chosen: Plan, values: Mapping[str, float], head: str
@@ -191,11 +222,12 @@ class Rounds:
                         "flops": problem.flops, "memory_bytes": problem.memory_bytes, "batch_size": problem.batch_size,
                         "vocabulary": problem.vocabulary, "floor_bytes": problem.around.floor_bytes,
                         "demoted": list(problem.around.demoted), "head_rows": list(problem.head_rows),
-                        "formats": [asdict(formats) for formats in problem.formats]},
+                        "formats": [asdict(formats) for formats in problem.formats],
+                        "caching": problem.caching.to_json() if problem.caching else None},
             "candidates": [{"name": w.name, "kind": w.kind, "block": w.block, "numel": w.numel,
                             "importance": values.get(w.name, 0.0), "selected": w.name in names}
                            for w in table.weights],
-            "notes": list(chosen.notes),
+            "notes": list(chosen.notes), "boundary": chosen.boundary, "cache": chosen.cached,
         })  # fmt: skip
         for note in chosen.notes:
             self.log.fallback(note)
@@ -208,6 +240,13 @@ class Rounds:
             f"round {at.index + 1}/{len(self.lengths)}: training {len(names)} of {len(table.weights)} tensors "
             f"({where}{more}), {chosen.flops_ratio:.1%} of full FLOPs, {format_bytes(chosen.peak_bytes)} predicted peak"
         )
+        if chosen.boundary:
+            size, rows = format_bytes(chosen.cached["bytes"]), chosen.cached["rows"]
+            self.log.say(f"hidden states of {rows} rows are kept below layer {chosen.boundary}: at most {size}")
+        elif self.keeping and setup.options.cache == "on":
+            self.log.fallback(
+                f"round {at.index + 1}: no hidden states are kept: what is trained leaves no layer for it"
+            )
 
     def _rest(self, at: Standing, values: Mapping[str, float]) -> Problem:
         """The steps that will be made from here on, under FLOPs and memory; a deadline ends them in any case."""
@@ -218,6 +257,7 @@ class Rounds:
         return replace(
             problem, seconds=None, shapes=self.setup.schedule.shapes[at.step : self.last_step],
             flops=self.flops_of(self.last_step) - at.spent - probing,
+            caching=self._caching(at, self.last_step),
         )  # fmt: skip
 
     def _problem(self, at: Standing, values: Mapping[str, float]) -> Problem:
@@ -229,7 +269,12 @@ class Rounds:
                 setup.flops - at.spent - at.later * probing, setup.memory_bytes, self._seconds(at),
             ),
             around=replace(setup.need.around, demoted=at.trained), formats=self.formats, head_rows=self.head_rows,
+            caching=self._caching(at, None),
         )  # fmt: skip
+
+    def _caching(self, at: Standing, end: int | None) -> Caching | None:
+        rows = self.setup.need.rows
+        return rows.caching(at.step, end, at.cached) if rows and self.keeping else None
 
     def _within_time(self, problem: Problem, at: Standing) -> Problem:
         """The problem; where its time allows no training of all steps, with the time of a cheap one, of fewer steps."""

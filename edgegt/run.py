@@ -342,7 +342,7 @@ def _record_run(
         "measured": measured, "full_flops": setup.full_flops, "memory_terms": predicted.memory_terms,
         "measured_terms": predicted.measured_terms, "lr": setup.lr * progress.lr_scale,
         "backend": trainee.backend, "threads": _threads(), "fallbacks": list(log.fallbacks),
-        "power": _power(setup, keeper, steps),
+        "power": _power(setup, keeper, steps), "cache": trainee.prefix.facts() if hasattr(trainee, "prefix") else None,
         "sessions": keeper.sessions, "finished": finished,
     })  # fmt: skip
 

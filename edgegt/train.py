@@ -34,7 +34,7 @@ TRIM_EVERY = 16
 class Recipe:
     """How a run steps. lr: learning rate of step 0, 1, ...; max_grad_norm: per tensor when applied within backward.
 
-    flops: what the whole run may spend; cost: FLOPs of a step on a batch of some shape. kept: bytes that a micro-batch
+    flops: what the whole run may spend; cost: FLOPs of a step on a batch. kept: bytes that a micro-batch
     of some shape keeps for backward. deadline: by time.perf_counter, no step begins that would likely end later.
     """
 
@@ -42,7 +42,7 @@ class Recipe:
     max_grad_norm: float
     steps: int
     flops: int
-    cost: Callable[[BatchShape], int]
+    cost: Callable[[Batch], int]
     kept: Callable[[BatchShape], int] = lambda shape: 0
     deadline: float | None = None
 
@@ -141,7 +141,7 @@ def train_round(
             if progress.step in progress.dropped:
                 progress.step += 1
                 continue
-            if parts.meter.total + recipe.cost(batch.shape) > recipe.flops:
+            if parts.meter.total + recipe.cost(batch) > recipe.flops:
                 raise EdgegtError(
                     f"step {progress.step + 1} of {recipe.steps} would go over the FLOPs budget: more were counted "
                     "than planned, which is a fault of edgegt; what was trained is saved"

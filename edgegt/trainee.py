@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from edgegt.architecture import all_layers
 from edgegt.budget import fitting_probe_rows, largest
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Saved
 from edgegt.data import Batch, collate, matched
 from edgegt.errors import EdgegtError, InputError, is_out_of_memory
+from edgegt.frozen import FOLDER, FrozenPrefix, NotKept
 from edgegt.guard import StepBack
 from edgegt.held import added_bytes, base_bytes, held_terms, planned_bytes
 from edgegt.importance import importance
@@ -52,6 +54,10 @@ class Int8Trainee:
         self.trainables.before_selection = keeper.checkpoints.finish
         self.progress, self.predicted = Progress(), Predicted()
         self.rounds = Rounds(setup, log)
+        self.prefix = FrozenPrefix(
+            self.model, setup.need.table, keeper.checkpoints.folder / FOLDER, setup.need.rows, setup.corpus.train,
+            setup.pad_id, self.backend,
+        )  # fmt: skip
         self.index = self.first = 0
         self.chosen: Plan | None = None
         self.after_s = 0.0
@@ -111,7 +117,7 @@ class Int8Trainee:
             "progress": self.progress.to_json(), "predicted": asdict(self.predicted), "expected_s": self._expected_s,
             "values": self._values, "probe_flops": self.probe_flops, "flops_by_kind": dict(self.meter.by_kind),
             "memory_bytes": self.setup.memory_bytes, "limit_bytes": self.keeper.guard.budget_bytes,
-            "live": list(self.trainables.live),
+            "live": list(self.trainables.live), "prefix": self.prefix.state(),
             "resting": {name: [place.path.name, place.seal] for name, place in resting},
         }  # fmt: skip
 
@@ -136,6 +142,7 @@ class Int8Trainee:
         parked = self.keeper.folder.parked
         resting = {name: Resting(parked / file, seal) for name, (file, seal) in state["resting"].items()}
         self.trainables.restore(state["live"], saved.tensors, resting)
+        self.prefix.restore(state.get("prefix", {}))
         self.rounds.tidy(self.keeper.folder, self.index - (self.chosen is None))
         if state["memory_bytes"] < self.setup.memory_bytes:
             self._lower(state["memory_bytes"], state["limit_bytes"])
@@ -167,6 +174,9 @@ class Int8Trainee:
 
     def _go_on_with(self, chosen: Plan, at: Standing) -> None:
         """Record a plan, select its tensors and keep that decision, before the first step by it."""
+        if at.index > self.index:  # within a round: the rest of it is one of its own
+            self.rounds.cut(self.keeper.folder, self.index, at.step - self.first)
+            self.first, self.index = at.step, at.index
         steps = self.rounds.lengths[self.index]
         self.rounds.record(self.keeper.folder, at, steps, chosen, self._values, self.model.head)
         self._predict(steps, chosen)
@@ -185,7 +195,9 @@ class Int8Trainee:
     def _standing(self) -> Standing:
         later = len(self.rounds.lengths) - self.index - 1
         trained = tuple(sorted({*self.trainables.resting, *self.trainables.live} - {*self.model.fresh}))
-        return Standing(self.index, self.progress.step, self.meter.total, trained, later, self.after_s)
+        before = self._before
+        cached = (before.boundary, before.cache_first) if before and before.boundary and self.rounds.keeping else None
+        return Standing(self.index, self.progress.step, self.meter.total, trained, later, self.after_s, cached)
 
     def _step_back(self, back: StepBack) -> None:
         """Go on with less memory: the rest of the round gets a smaller plan. Raises: EdgegtError when none fits."""
@@ -203,9 +215,6 @@ class Int8Trainee:
             self.log.fallback(f"{back.reason}, and nothing smaller can be trained")
             return
         self.predicted.flops -= self._flops_left(before)
-        if done:
-            self.rounds.cut(self.keeper.folder, self.index, done)
-            self.first, self.index = self.progress.step, self.index + 1
         was, now = (
             f"{len(plan.selected)} tensors, {plan.micro_batch} rows, {len(plan.recompute)} layers recomputed"
             for plan in (before, chosen)
@@ -249,9 +258,7 @@ class Int8Trainee:
 
     def _flops_left(self, chosen: Plan) -> int:
         """What the rest of the round was predicted to cost."""
-        table, end = self.rounds.table(), self.first + self.rounds.lengths[self.index]
-        shapes = self.setup.schedule.shapes[self.progress.step : min(end, self.rounds.last_step)]
-        return table.train_work(table.mask(chosen.selected), chosen.recompute).total(shapes)
+        return self.rounds.flops_left(self.progress.step, self.first + self.rounds.lengths[self.index], chosen)
 
     def _importance(self) -> None:
         """Measure what each tensor is worth now; without memory for it, what it was worth before counts."""
@@ -288,7 +295,7 @@ class Int8Trainee:
         batches = [collate(picked[start : start + rows], setup.pad_id) for start in range(0, wanted, rows)]
         spent = self.meter.total
         self._probe_work = setup.need.table.probe_work().total(batch.shape for batch in batches)
-        self._values = importance(self.model, batches, self._layers())
+        self._values = importance(self.model, batches, all_layers(self.module))
         self.probe_flops += self.meter.total - spent
         self.model.inputs.clear()
         trim()
@@ -315,11 +322,6 @@ class Int8Trainee:
     def _planned_bytes(self) -> int:
         return planned_bytes(self.trainables, self.rounds.table(), self.rounds.formats[0])
 
-    def _layers(self) -> Any:
-        from edgegt.architecture import all_layers
-
-        return all_layers(self.module)
-
     def _predict(self, steps: int, chosen: Plan) -> None:
         speeds = self.setup.rates, of_profile(self.setup.resolved.profile)
         self._expected_s = self.rounds.predict(
@@ -338,21 +340,25 @@ class Int8Trainee:
         work, kept = table.train_work(mask, chosen.recompute), table.saved_work(mask, chosen.recompute)
         recipe = Recipe(
             lambda step: schedule(options.schedule, setup.lr, step, total, options.warmup),
-            options.max_grad_norm, total, self.rounds.flops_of(total), work.at, kept.at,
-            setup.deadline(self.after_s),
+            options.max_grad_norm, total, self.rounds.flops_of(total),
+            lambda batch: self.prefix.cost(batch, work.at(batch.shape)), kept.at, setup.deadline(self.after_s),
         )  # fmt: skip
         parts = Parts(
             self.module, setup.device, self.trainables.live, self.trainables.step, self.model.inputs.clear,
-            self.meter, setup.watch, self.keeper.facts,
+            self.meter, setup.watch, lambda: {**self.keeper.facts(), **self.prefix.step_facts()},
         )  # fmt: skip
         before = self.progress.train_s, self.progress.step
         self.keeper.guard.begin()
         try:
-            with recomputed(self._layers(), chosen.recompute):
+            if not self.prefix.ready(chosen, self.trainables.resting, lambda: self.progress.stop is not None):
+                return True  # it was asked to stop
+            with recomputed(all_layers(self.module), chosen.recompute), self.prefix.used():
                 train_round(
                     parts, recipe, self._batches(), chosen.micro_batch, self.index, self.progress, self.keeper.metrics,
                     self._after_step, fused=chosen.micro_batch >= max(shape.rows for shape in setup.schedule.shapes),
                 )  # fmt: skip
+        except NotKept as error:
+            self._go_on_without(str(error), chosen)
         except Dropped as error:
             leave_out(self, self.keeper, error)
         except NoRoom as error:
@@ -365,6 +371,19 @@ class Int8Trainee:
                 self.rounds.slowness = max(0.8, (self.progress.train_s - before[0]) / done / self._expected_s)
             return True
         return False
+
+    def _go_on_without(self, why: str, before: Plan) -> None:
+        """Keep no hidden states any more: the rest of the round gets another plan. Raises: EdgegtError."""
+        self.rounds.keeping = False
+        self.prefix.remove()
+        self.log.fallback(f"no hidden states are kept: {why}")
+        at = replace(self._standing(), index=self.index + (self.progress.step > self.first))
+        try:
+            chosen = self.rounds.plan(at, self._values, None)
+        except InputError as error:
+            raise EdgegtError(f"without kept hidden states ({why}) the run cannot go on: {error}") from error
+        self.predicted.flops -= self._flops_left(before) + before.cached.get("fill_flops", 0)
+        self._go_on_with(chosen, at)
 
     def _after_step(self, entry: dict[str, Any]) -> None:
         self.log.step(entry)

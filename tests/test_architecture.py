@@ -23,14 +23,14 @@ LAYERS = {
     "command line and Python": "cli __main__ trainer",
     "comparison": "comparison",
     "order": "run",
-    "stages": "calibrate full trainee recovery rounds held prepare subject use talk conversation outlook survey doctor"
-    " report export card onnx plain hf floats",
-    "parts of a run": "train signals recompute evaluate keeper checkpoint selection importance patch speed budget job"
-    " pretrained merge decoding engine sampling detokenize",
+    "stages": "calibrate full trainee frozen recovery rounds held prepare subject use talk conversation outlook survey"
+    " doctor report export card onnx plain hf floats",
+    "parts of a run": "train signals recompute skipping hidden evaluate keeper checkpoint selection importance patch"
+    " speed budget job pretrained merge decoding engine sampling detokenize",
     "model and data": "model pieces trace graph architecture classifier attention experts fused head loss optimizer"
     " flops store source data quant native",
     "surroundings": "folder log guard watch pacing sensors home process tensorboard",
-    "without torch": "calibrated chunks options device profile host cost rates memory case solver"
+    "without torch": "calibrated prefix chunks options device profile host cost rates memory case solver"
     " baselines problem planner value explain frontier metrics",
     "files": "sealed disk",
     "ground": "errors units version cache",

@@ -184,7 +184,7 @@ def test_a_row_has_the_keys_of_the_contract_whether_it_ran_or_not(work: Path) ->
 def test_the_words_of_a_run_are_options_that_exist(work: Path) -> None:
     from edgegt.cli import main as edgegt
 
-    words = edgegt_words(a_bench(work), 0.5, 2**30, work / "out")
+    words = edgegt_words(a_bench(work), "edgegt-0.5", 2**30, work / "out")
     assert "--rho" in words and words[words.index("--max-length") + 1] == "24"
     with pytest.raises(SystemExit) as end:
         edgegt([*words, "--help"])

@@ -12,6 +12,9 @@ number of threads: peers as bench_peers says, edgegt as `python -m edgegt run` f
 
     others         processors that other programs took meanwhile, on average
 
+edgegt-0.28-kept keeps hidden states (`--cache auto`) of rows that a run of five epochs visits: its steps are those
+after filling, whose FLOPs are in flops_ratio and whose seconds are in no step.
+
 edgegt's memory budget is 0.35 of what full took and 0.5 of lora-8bit, the less of both, where these ran first, else
 most of what is available. Checked is that edgegt uses 95 % of the FLOPs it may use and trains the head, and that the
 machine was at rest: methods run one after the other, so that load which comes and goes favours some. Exit code 1 when

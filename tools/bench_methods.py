@@ -27,11 +27,13 @@ from typing import Any
 from bench_floor import Product, int8_products, step_of
 from bench_peers import METHODS, REPOSITORY
 from bench_rows import HELD_OUT, HELD_OUT_FILE, TRAIN_FILE, Size
+from edgegt.architecture import all_layers
 from edgegt.comparison.published import select
 
 WARM_UP = 2
 RUN_STEPS = 200
-RHOS = {"edgegt-0.5": 0.5, "edgegt-0.36": 0.36}
+RHOS = {"edgegt-0.5": 0.5, "edgegt-0.36": 0.36, "edgegt-0.28-kept": 0.28}
+KEPT, EPOCHS = "-kept", 5  # with hidden states kept on the disk, and so many visits of each row
 NAMES = (*METHODS, *RHOS)
 DEVICE = "laptop-x86-16gb"
 MEMORY_SHARE = 0.9
@@ -107,7 +109,7 @@ def run_edgegt(bench: Bench, name: str, memory: int) -> Path:
     """The folder of a run that was stopped when the timed steps were made. Raises: MethodError."""
     folder, said = bench.work / name, bench.work / f"{name}.txt"
     shutil.rmtree(folder, ignore_errors=True)
-    process = bench.start([sys.executable, "-m", "edgegt", *edgegt_words(bench, RHOS[name], memory, folder)], said)
+    process = bench.start([sys.executable, "-m", "edgegt", *edgegt_words(bench, name, memory, folder)], said)
     metrics, wanted, end = folder / "metrics.jsonl", WARM_UP + bench.steps, time.monotonic() + bench.timeout_s
     while process.poll() is None and lines_of(metrics) < wanted and time.monotonic() < end:
         time.sleep(POLL_S)
@@ -124,16 +126,22 @@ def run_edgegt(bench: Bench, name: str, memory: int) -> Path:
     return folder
 
 
-def edgegt_words(bench: Bench, rho: float, memory: int, folder: Path) -> list[str]:
+def edgegt_words(bench: Bench, name: str, memory: int, folder: Path) -> list[str]:
     """What a user would write after `edgegt`, with a budget of so many bytes."""
     return [
         "run", "--model", str(bench.model), "--data", str(bench.work / TRAIN_FILE),
         "--eval-data", str(bench.work / HELD_OUT_FILE), "--eval-rows", str(HELD_OUT), "--device", DEVICE,
-        "--rho", f"{rho:g}", "--memory", f"{memory // 2**20}MiB", "--strategy", "greentrainer",
-        "--steps", str(max(RUN_STEPS, WARM_UP + bench.steps)), "--batch-size", str(bench.size.rows),
+        "--rho", f"{RHOS[name]:g}", "--cache", "auto" if name.endswith(KEPT) else "off",
+        "--memory", f"{memory // 2**20}MiB", "--strategy", "greentrainer",
+        "--steps", str(run_steps(bench, name)), "--batch-size", str(bench.size.rows),
         "--max-length", str(bench.size.tokens), "--threads", str(bench.threads), "--no-examples", "--quiet",
         "--output", str(folder),
     ]  # fmt: skip
+
+
+def run_steps(bench: Bench, name: str) -> int:
+    """Steps of the run that is started: one visit of each row, or several where states are kept between them."""
+    return max(RUN_STEPS, WARM_UP + bench.steps) * (EPOCHS if name.endswith(KEPT) else 1)
 
 
 def lines_of(path: Path) -> int:
@@ -158,10 +166,16 @@ def peer_row(bench: Bench, name: str, config: Any, full_flops: int) -> tuple[Row
     return row, step.products
 
 
-def selecting(names: Sequence[str], model: Any) -> Any:
-    """The model with exactly these parameters trained."""
+def selecting(names: Sequence[str], model: Any, boundary: int = 0) -> Any:
+    """The model with exactly these parameters trained, and without the work of the layers below the boundary."""
     select(model, names)
+    for layer in all_layers(model)[:boundary]:
+        layer.forward = _passing
     return model
+
+
+def _passing(hidden_states: Any, *args: Any, **named: Any) -> Any:
+    return hidden_states
 
 
 def edgegt_row(bench: Bench, name: str, config: Any, memory: int) -> tuple[Row, Counter[Product]]:
@@ -171,10 +185,11 @@ def edgegt_row(bench: Bench, name: str, config: Any, memory: int) -> tuple[Row, 
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if entry["round"] == 0][: WARM_UP + bench.steps]
     per_step = (steps[-1]["flops"] - steps[0]["flops"]) / (len(steps) - 1)
-    total = max(RUN_STEPS, WARM_UP + bench.steps)
+    total = run_steps(bench, name)
     rounds = -(-total // plan["steps"])
     planned = len(list(folder.glob("plan-*.json")))  # rounds that have begun, and have measured importance
     flops = total * per_step + rounds * run["measured"]["probe_flops"] / planned
+    flops += plan["cache"].get("fill_flops", 0)
     heads = [weight["name"] for weight in costs["weights"] if weight["kind"] == "head"]
     row = timed(bench, name, [entry["step_s"] for entry in steps], run["measured"]["peak_bytes"])
     row |= {
@@ -182,7 +197,7 @@ def edgegt_row(bench: Bench, name: str, config: Any, memory: int) -> tuple[Row, 
         "step_flops_ratio": per_step * total / run["full_flops"], "selected": len(plan["selected"]),
         "memory_budget": memory, "head_rows": plan["head_rows"], "micro_batch": plan["micro_batch"],
         "recomputed": len(plan["recompute"]), "head_trained": bool({*heads} & {*plan["selected"]}),
-        "fallbacks": run["fallbacks"], "backend": run["backend"],
+        "boundary": plan["boundary"], "fallbacks": run["fallbacks"], "backend": run["backend"],
     }  # fmt: skip
     blocks = {weight["name"].removesuffix(".weight"): weight["block"] for weight in costs["weights"]}
     return row, plan_products(bench, config, plan, heads[0], blocks)
@@ -195,9 +210,8 @@ def plan_products(
     untied = copy.deepcopy(config)
     untied.tie_word_embeddings = False
     # Of a part of the rows that runs on its own, as often as there are parts.
-    step = step_of(
-        untied, partial(selecting, plan["selected"]), plan["micro_batch"], bench.size.tokens, bench.size.supervised
-    )
+    chosen = partial(selecting, plan["selected"], boundary=plan["boundary"])
+    step = step_of(untied, chosen, plan["micro_batch"], bench.size.tokens, bench.size.supervised)
     again = {prefix for prefix, block in blocks.items() if block in set(plan["recompute"])}
     inside = {prefix.rpartition(".")[0] for prefix in again}
 

@@ -251,6 +251,7 @@ def build_report(facts: RunFacts) -> Tree:
         "data": {key: value for key, value in facts.part("data").items() if key != "examples"},
         "events": list(facts.events),
         "temperature": _temperature(facts),
+        "cache": _cache(facts),
         **_energy_keys(facts),
     }
     finite: Tree = _finite(report)
@@ -266,6 +267,18 @@ def _round(plan: Tree) -> Tree:
         "micro_batch": plan.get("micro_batch"),
         **{key: plan.get(key) for key in kept},
     }
+
+
+def _cache(facts: RunFacts) -> Tree:
+    """What was kept of hidden states, all 0 without; and the seconds of training in each epoch."""
+    keys = ("boundary", "rows", "hits", "visits", "bytes", "read_bytes", "saved_flops")
+    epochs: dict[int, float] = {}
+    for line in facts.metrics:
+        epoch, step_s = number(line, "epoch"), number(line, "step_s")
+        if epoch is not None and step_s is not None:
+            epochs[int(epoch)] = epochs.get(int(epoch), 0.0) + step_s
+    found = {key: number(facts.part("cache"), key) or 0 for key in keys}
+    return {**found, "epoch_s": [epochs[epoch] for epoch in sorted(epochs)]}
 
 
 def _temperature(facts: RunFacts) -> Tree:

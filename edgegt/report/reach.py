@@ -13,6 +13,7 @@ from edgegt.errors import EdgegtError
 from edgegt.frontier import FEWER_POINTS, POINTS, Frontier, frontier_of
 from edgegt.memory import Formats, Surroundings
 from edgegt.planner import Plan, Problem
+from edgegt.prefix import Caching
 from edgegt.report.facts import RunFacts
 from edgegt.value import values_of
 
@@ -61,6 +62,7 @@ def _problem(facts: RunFacts, table: CostTable) -> Problem:
         batch_size=int(recorded["batch_size"]),
         formats=tuple(Formats(**found) for found in recorded["formats"]),
         head_rows=tuple(recorded["head_rows"]),
+        caching=Caching.from_json(recorded["caching"]) if recorded.get("caching") else None,
     )
 
 

@@ -1,0 +1,238 @@
+"""The frozen prefix of a run: what the layers below the lowest trained one give, computed once per row and kept.
+
+All rows that are kept are computed before the first step that uses them, in the batches of their layout, and every
+step uses what was stored: so a run that was killed and goes on uses the same bits. What a file held that was lost is
+computed again in the same batches. FLOPs of making the states count once, whichever process made them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgegt.cost import BatchShape, CostTable
+from edgegt.data import Batch, Example, collate, split_micro
+from edgegt.errors import EdgegtError, is_out_of_memory
+from edgegt.hidden import HiddenStore, identity_of, key_of
+from edgegt.model import Int8Model
+from edgegt.planner import Plan
+from edgegt.prefix import Rows
+from edgegt.selection import Resting
+from edgegt.skipping import AGREES, Skipper
+from edgegt.version import __version__
+
+FOLDER = "hidden"
+
+
+class NotKept(EdgegtError):
+    """States cannot be kept here, and why."""
+
+
+class FrozenPrefix:
+    """What is kept, or was last, for one model in training. examples: its rows; rows: None where nothing may be kept.
+
+    hits, visits, read_bytes: rows that were read and rows that were trained on while states were kept, and bytes read;
+    saved_flops: of the forward passes that did not run.
+    """
+
+    def __init__(
+        self, model: Int8Model, table: CostTable, folder: Path, rows: Rows | None, examples: tuple[Example, ...],
+        pad_id: int, numerics: str,
+    ) -> None:  # fmt: skip
+        self.model, self.table, self.folder, self.rows = model, table, folder, rows
+        self.examples, self.pad_id, self.numerics = examples, pad_id, numerics
+        self.boundary = self.visits = self.hits = self.read_bytes = self.saved_flops = 0
+        self.nbytes = self.kept_rows = 0
+        self._counted = ""
+        self._store: HiddenStore | None = None
+        self._skipper: Skipper | None = None
+        self._verified: set[int] = set()
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs of it."""
+        names = ("boundary", "kept_rows", "nbytes", "visits", "hits", "read_bytes", "saved_flops", "_counted")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, tree: Mapping[str, Any]) -> None:
+        """Be where `state` was; what is on the disk is looked at when it is needed."""
+        for name, value in tree.items():
+            setattr(self, name, value)
+        self._close()
+
+    def facts(self) -> dict[str, int]:
+        """What run.json says of it. bytes: on the disk; read_bytes: from it, over all visits."""
+        return {
+            "boundary": self.boundary, "rows": self.kept_rows, "hits": self.hits, "visits": self.visits,
+            "bytes": self.nbytes, "read_bytes": self.read_bytes, "saved_flops": self.saved_flops,
+        }  # fmt: skip
+
+    def step_facts(self) -> dict[str, float]:
+        """The same for a line of metrics, so far; nothing where nothing is kept."""
+        if self._store is None:
+            return {}
+        return {
+            "cache_hits": self.hits, "cache_visits": self.visits, "cache_read_bytes": self.read_bytes,
+            "saved_flops": self.saved_flops,
+        }  # fmt: skip
+
+    def ready(self, chosen: Plan, resting: Mapping[str, Resting], stopped: Callable[[], bool]) -> bool:
+        """Have the states that a plan counts on; False when it was stopped before they were all there.
+
+        Raises: NotKept when they cannot be computed or kept.
+        """
+        if chosen.boundary == 0 or self.rows is None:
+            self.remove()
+            return True
+        identity = self._identity(chosen, resting)
+        if self._store is not None and self._store.identity == identity:
+            return True
+        self._close()
+        self.boundary = chosen.boundary
+        try:
+            return self._fill(chosen, identity, stopped)
+        except NotKept:
+            raise
+        except Exception as error:
+            if not (isinstance(error, EdgegtError) or is_out_of_memory(error)):
+                raise
+            raise NotKept(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        finally:
+            self.model.inputs.clear()
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """For a while, the layers below the boundary do not run for rows whose states are kept."""
+        if self._store is None or self._skipper is None:
+            yield
+            return
+        with self._skipper.skipping(self._states):
+            yield
+
+    def missing_shape(self, batch: Batch) -> BatchShape:
+        """The part of a batch for which the layers below the boundary run."""
+        assert self._store is not None
+        missing = len(self._store.missing(self._keys(batch.input_ids, batch.attention_mask)))
+        return BatchShape(missing, batch.shape.tokens, batch.shape.kept)
+
+    def cost(self, batch: Batch, whole: int) -> int:
+        """FLOPs of a step on a batch that would take `whole` FLOPs without kept states."""
+        if self._store is None:
+            return whole
+        below = self.table.below(self.boundary)
+        return whole - below.at(batch.shape) + below.at(self.missing_shape(batch))
+
+    def remove(self) -> None:
+        """Delete what is kept."""
+        self._close()
+        if not self.hits:  # else it is what was kept
+            self.boundary = 0
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _close(self) -> None:
+        self._store = self._skipper = None
+
+    def _identity(self, chosen: Plan, resting: Mapping[str, Resting]) -> str:
+        """Changed by the base, the boundary, what was trained below it, which rows are kept, and what computes."""
+        names = {weight.name for weight in self.table.weights if weight.block < chosen.boundary}
+        trained = sorted((name, place.seal) for name, place in resting.items() if name in names)
+        import transformers
+
+        versions = __version__, torch.__version__, transformers.__version__
+        return identity_of(
+            self.model.fingerprint, chosen.boundary, trained, chosen.cache_first, self.numerics, versions
+        )
+
+    def _fill(self, chosen: Plan, identity: str, stopped: Callable[[], bool]) -> bool:
+        assert self.rows is not None
+        folder, layout = self.folder / identity[:16], self.rows.layout(chosen.cache_first)
+        for other in self.folder.glob("*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)  # first, so that the budget of the disk holds
+        store, skipper = HiddenStore(folder, identity, self.rows.width), Skipper(self.model.module, chosen.boundary)
+        self._verify(skipper, layout.files[0][0], chosen.boundary)
+        counts = self._counted != identity
+        for number, file in enumerate(layout.files):
+            if stopped():
+                return False
+            named = [[self._named(identity, row) for row in batch] for batch in file]
+            before = dict(self.model.meter.by_kind)
+            there = store.open(number, named)
+            if there is None:
+                with nullcontext() if counts else self.model.meter.off():
+                    states = [self._computed(skipper, batch, chosen.micro_batch) for batch in file]
+                after = self.model.meter.by_kind
+                store.write(number, named, states, {kind: after[kind] - before.get(kind, 0) for kind in after})
+            elif counts:
+                for kind, flops in there.items():
+                    self.model.meter.add(kind, flops)
+        self._counted, self._store, self._skipper = identity, store, skipper
+        self.nbytes, self.kept_rows = store.nbytes, len(layout.rows)
+        return True
+
+    def _verify(self, skipper: Skipper, rows: tuple[int, ...], boundary: int) -> None:
+        """Raises: NotKept when the model does not give the same with its lowest layers replaced."""
+        if boundary in self._verified:
+            return
+        batch = collate([self.examples[row] for row in rows[:2]], self.pad_id)
+        try:
+            with self.model.meter.off():
+                error = skipper.differs(batch, self.model.device)
+        except (EdgegtError, TypeError, ValueError, AttributeError, LookupError) as problem:
+            raise NotKept(
+                f"{type(self.model.module).__name__} does not run without its lowest layers ({problem})"
+            ) from problem
+        if not error <= AGREES:
+            raise NotKept(
+                f"{type(self.model.module).__name__} differs by {error:.1e} when its lowest layers are replaced"
+            )
+        self._verified.add(boundary)
+
+    def _computed(self, skipper: Skipper, rows: tuple[int, ...], micro_batch: int) -> Tensor:
+        """The states of these rows one after another, float32 [tokens, width] on the CPU."""
+        assert self.rows is not None
+        batch, found = collate([self.examples[row] for row in rows], self.pad_id), []
+        for part in split_micro(batch, micro_batch):
+            states = skipper.capture(part, self.model.device)
+            if states.shape[-1] != self.rows.width:
+                raise NotKept(
+                    f"its hidden states have {states.shape[-1]} numbers, and its head reads {self.rows.width}"
+                )
+            found.append(states.cpu()[part.attention_mask.bool()])
+        return torch.cat(found)
+
+    def _states(self, ids: Tensor, mask: Tensor, compute: Callable[[list[int]], Tensor]) -> Tensor:
+        """The states of a batch: of kept rows from the disk, of others computed."""
+        assert self._store is not None and self.rows is not None
+        keys = self._keys(ids, mask)
+        missing = self._store.missing(keys)
+        out = torch.zeros((*ids.shape, self.rows.width), dtype=torch.float32)
+        read = self._store.read_bytes
+        for row, key in enumerate(keys):
+            if key in self._store.places:
+                state, first = self._store.read(key), int(mask[row].argmax())
+                out[row, first : first + len(state)] = state
+        out = out.to(ids.device)
+        if missing:
+            out[missing] = compute(missing)
+        self.visits += len(keys)
+        self.hits += len(keys) - len(missing)
+        self.read_bytes += self._store.read_bytes - read
+        self.saved_flops += self.table.below(self.boundary).at(BatchShape(len(keys) - len(missing), ids.shape[1], 1))
+        return out
+
+    def _keys(self, ids: Tensor, mask: Tensor) -> list[str]:
+        assert self._store is not None
+        return [
+            key_of(self._store.identity, row[there].tolist())
+            for row, there in zip(ids.cpu(), mask.cpu().bool(), strict=True)
+        ]
+
+    def _named(self, identity: str, row: int) -> tuple[str, int]:
+        inputs = self.examples[row].inputs
+        return key_of(identity, inputs), len(inputs)
