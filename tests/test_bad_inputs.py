@@ -202,7 +202,7 @@ def test_a_file_that_is_no_profile(content: bytes, line: str) -> None:
         (f"seed = {HEX}", "--seed of 20000 bits is out of range: give a whole number from 0 to 2**63 - 1"),
         (f"rho = {HEX}", "o.toml: rho = (too long to show) should be of type float: change the value"),
         ('strategy = "a\\nb"', "--strategy 'a\\nb' is not one of greentrainer, greentrainer-dp, last-layers, bias, "
-         "random, full"),
+         "random, lisa, full"),
         ('data = "a\\u0000b"', "--data 'a\\x00b' holds a control character: leave it out"),
         ('"a\\nb" = 1', "o.toml: unknown key 'a\\nb': `edgegt run --help` lists the options"),
         ("steps = 2024-01-01", "o.toml: steps = datetime.date(2024, 1, 1) should be of type int: change the value"),

@@ -569,7 +569,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(tmp_path: Path, capsys: pyt
         (["export", str(run), "--patch", "p", *tail], "exactly one of the two"),
         (["export", "--patch", str(run / "patch.safetensors"), *tail], "--patch needs its base: give it with --model"),
         (["export", str(tmp_path / "nothing"), *tail], "nothing' does not exist"),
-        (["export", str(run), "--to", "onnx", "--output", "o"], "invalid choice: 'onnx'"),
+        (["export", str(run), "--to", "gguf", "--output", "o"], "invalid choice: 'gguf'"),
         (["export", str(run), "--to", "patch", "--model", "m", "--output", "o"], "--model goes with --to hf"),
         (["export", str(run), "--output", "o"], "--to"),
         (["patch", "apply", str(run / "patch.safetensors"), "--output", "o"], "--model"),
