@@ -86,9 +86,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path, rows: Path) -> 
         return run(options(rows, tmp_path_factory.mktemp("whole") / "run"), QUIET)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def plenty(tmp_path_factory: pytest.TempPathFactory, cache: Path, rows: Path) -> Path:
-    """A run with wide batches and all the memory that it wants."""
+    """A run with wide batches and all the memory that it wants, just now: what a process takes before it drifts."""
     with pytest.MonkeyPatch.context() as patch:
         for key, value in runs.environment(cache).items():
             patch.setenv(key, value)
