@@ -12,10 +12,11 @@ import pytest
 from matplotlib.image import imread
 
 from edgegt.cost import BatchShape
-from edgegt.errors import InputError
+from edgegt.errors import EdgegtError, InputError
 from edgegt.frontier import Frontier, Point, axes, frontier, frontier_of
 from edgegt.memory import Surroundings
 from edgegt.planner import Plan, Problem, plan
+from edgegt.report.charts import canvas, save_png
 from edgegt.report.frontier import LABEL_GAP, _apart, check_png, frontier_svg, write_png
 from edgegt.units import MIB
 from fake_run import fake_importance, fake_table
@@ -136,6 +137,9 @@ def test_a_picture_that_cannot_be_written_is_refused_before_and_said_after(found
     (tmp_path / "frontier.png").mkdir()
     with pytest.raises(InputError, match=r"frontier\.png' is a folder: give the name of a file in it"):
         write_png(found, tmp_path / "frontier.png", "")
+    with pytest.raises(EdgegtError, match=r"cannot write '.*frontier\.png': .*; free space or make"):
+        save_png(canvas(40, 30, 1, 1, 1, 1)[0], tmp_path / "frontier.png")
+    assert [item.name for item in tmp_path.iterdir()] == ["frontier.png"]
 
 
 def test_a_frontier_of_one_point_is_drawn(tmp_path: Path) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex as hex_of
 from matplotlib.figure import Figure
 
 from edgegt.comparison.table import Result, grouped, mean_and_spread, metric_names
-from edgegt.errors import EdgegtError
-from edgegt.report.charts import ACCENT, INK, LINE, MUTED, PALE
-from edgegt.report.frontier import LIGHT
+from edgegt.report.charts import ACCENT, INK, LIGHT, LINE, MUTED, save_png
 from edgegt.units import MIB
 
 Value = Callable[[Result], float]
@@ -38,7 +34,6 @@ def write_chart(results: Sequence[Result], path: Path) -> Path:
         if all(name in one["metrics"] for one in results):
             goods[name] = partial(_score, name=name)
     figure = Figure(figsize=(WIDTH / 72, HEIGHT * len(goods) / 72), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(goods), len(COSTS), squeeze=False)
     for row, (good, height) in enumerate(goods.items()):
         for place, (cost, width) in enumerate(COSTS.items()):
@@ -49,14 +44,7 @@ def write_chart(results: Sequence[Result], path: Path) -> Path:
                 axes.set_ylabel(good, color=LIGHT[MUTED])
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, labelcolor=LIGHT[INK])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=144, facecolor=LIGHT[PALE])
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EdgegtError(f"cannot write '{path}': {error.strerror}; free space or make the folder writable") from error
-    return path
+    return save_png(figure, path)
 
 
 def _score(one: Result, name: str) -> float:

@@ -1,4 +1,4 @@
-"""Pictures of a run as inline SVG: drawn by matplotlib, coloured by the page.
+"""Pictures of a run as inline SVG: drawn by matplotlib, coloured by the page. Other pictures are PNG files.
 
 matplotlib cannot know whether the reader's screen is light or dark. So every colour is drawn as a token (a colour
 that nobody uses) and replaced by a CSS variable of the page; text stays text in the page's own font. Namespaces and
@@ -8,24 +8,30 @@ metadata are dropped, since inline SVG needs neither and the page must name no a
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from edgegt.errors import EdgegtError
 from edgegt.report.events import PAUSES, TURNS, marked_steps
 from edgegt.report.facts import RunFacts, number
 from edgegt.units import GIB, MIB, format_bytes
 
 INK, MUTED, LINE, ACCENT, PREDICTED, BUDGET, PALE = (f"#{i:02x}{i:02x}01" for i in range(1, 8))
+# The page's colours on a light screen, for PNG files.
+LIGHT = {INK: "#1b1f23", MUTED: "#667079", LINE: "#e5e6e2", ACCENT: "#13795b", BUDGET: "#c2410c", PALE: "#ffffff"}
 TERM_COLOURS = tuple(f"#07{i:02x}02" for i in range(14))
 _VARIABLES = {
     **{INK: "ink", MUTED: "muted", LINE: "line", ACCENT: "accent", PREDICTED: "guess", BUDGET: "limit", PALE: "paper"},
@@ -85,6 +91,19 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label, "class": f"chart {name}"}
     root.attrib["style"] = f"aspect-ratio: {size[2]} / {size[3]}"
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def save_png(figure: Figure, path: Path) -> Path:
+    """Write the figure as a PNG, whole or not at all; returns the path. Raises: EdgegtError when it cannot be."""
+    FigureCanvasAgg(figure)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=144, facecolor=LIGHT[PALE])
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise EdgegtError(f"cannot write '{path}': {error.strerror}; free space or make the folder writable") from error
+    return path
 
 
 def _themed(value: str, name: str) -> str:

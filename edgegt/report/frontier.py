@@ -5,20 +5,17 @@ One drawing for both the page (colours are the page's) and a PNG file (colours a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from edgegt.errors import EdgegtError, InputError
+from edgegt.errors import InputError
 from edgegt.frontier import Frontier, Point
-from edgegt.report.charts import ACCENT, BUDGET, INK, LINE, MUTED, PALE, canvas, to_svg
+from edgegt.report.charts import ACCENT, BUDGET, INK, LIGHT, LINE, MUTED, PALE, canvas, save_png, to_svg
 from edgegt.units import format_bytes
 
-LIGHT = {INK: "#1b1f23", MUTED: "#667079", LINE: "#e5e6e2", ACCENT: "#13795b", BUDGET: "#c2410c", PALE: "#ffffff"}
 PAGE = {token: token for token in LIGHT}
 NO_PLAN = "× nothing can be trained"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1000, 400, 66, 132, 34, 50
@@ -39,17 +36,9 @@ def write_png(frontier: Frontier, path: Path, title: str) -> Path:
     """
     check_png(path)
     figure, axes = canvas(WIDTH, HEIGHT + 40, LEFT, RIGHT, TOP + 40, BOTTOM)
-    FigureCanvasAgg(figure)
     _draw(axes, frontier, LIGHT)
     figure.text(LEFT / WIDTH, 1 - 14 / (HEIGHT + 40), title, color=LIGHT[INK], fontsize=14, va="top", parse_math=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=144, facecolor=LIGHT[PALE])
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EdgegtError(f"cannot write '{path}': {error.strerror}; free space or make the folder writable") from error
-    return path
+    return save_png(figure, path)
 
 
 def check_png(path: Path) -> None:
