@@ -299,7 +299,8 @@ def _drawn(loader: Any, rows: int, draw: random.Random, device: torch.device) ->
     for index in draw.sample(range(count), min(count, 50 * rows)) + first:
         members.setdefault(_class_of(dataset[index]), []).append(index)
     second = [draw.choice(members[_class_of(dataset[index])]) for index in first]
-    return tuple(_collated(loader, [dataset[index] for index in side], device) for side in (first, second))  # type: ignore[return-value]
+    one, other = ([dataset[index] for index in side] for side in (first, second))
+    return _collated(loader, one, device), _collated(loader, other, device)
 
 
 def _class_of(row: Any) -> int | None:

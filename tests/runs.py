@@ -9,12 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tiny_models import SHARED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STORIES = SHARED / "data" / "models" / "stories260K"
 E2E = SHARED / "data" / "e2e" / "devset.csv"
 HERE = STORIES.is_dir() and E2E.is_file()
+
+
+def model_here(name: str) -> Path:
+    """The folder of a model under shared/data; skips the test when it or the rows of E2E are not there."""
+    folder = SHARED / "data" / "models" / name
+    if not (folder.is_dir() and E2E.is_file()):
+        pytest.skip(f"no {name} or no E2E rows under shared/data")
+    return folder
 
 
 def environment(cache: Path) -> dict[str, str]:

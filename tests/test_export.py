@@ -509,10 +509,9 @@ def trained_and_exported(tmp_path: Path, *more: str, model: Path = runs.STORIES)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not runs.HERE, reason="no base-7m or no E2E rows under shared/data")
 @pytest.mark.parametrize("name", ["stories260K", "base-7m"])
 def test_an_exported_run_has_its_loss_in_another_program(name: str, tmp_path: Path) -> None:
-    base = runs.STORIES.parent / name
+    base = runs.model_here(name)
     run, out = trained_and_exported(tmp_path, "--steps", "60", "--eval-rows", "40", model=base)
     before, after = (runs.read(run, "eval.json")[when] for when in ("before", "after"))
     found = loss_without_edgegt(out, run, tmp_path / "rows.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Trainer, TrainingArguments
 
 from edgegt import BudgetError, InputError, SelectionCallback
 from edgegt.floats import costs_of, importance_of, let_backward_end, prepare_model, train_only
 from edgegt.hf import _check
 from tiny_classifiers import config_of, float_classifier
 from tiny_models import EVERY, VOCABULARY, float_model
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+
+from bench_callback import Counting
 
 KINDS = {"llama": "causal", "gpt2": "causal", "mixtral": "causal", "t5": "pair", "bart": "pair", "bert": "class"}
 
@@ -47,19 +52,6 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     classes = isinstance(rows[0]["labels"], int)
     labels = torch.tensor([row["labels"] for row in rows]) if classes else filled("labels", -100)
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
-
-
-class Counting(TrainerCallback):  # type: ignore[misc]
-    """Torch's counter from the first step on."""
-
-    def __init__(self) -> None:
-        self.counter = FlopCounterMode(display=False)
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.counter.__enter__()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.counter.__exit__(None, None, None)
 
 
 def trainer_of(folder: Path, family: str, callbacks: list[Any], steps: int = 12, **options: Any) -> Trainer:
@@ -129,7 +121,7 @@ def test_other_models_and_settings(tmp_path: Path, family: str, options: dict[st
     assert 0.3 < selection.share <= 0.5
 
 
-class InOrder(Trainer):  # type: ignore[misc]
+class InOrder(Trainer):
     """Rows in the order that they have."""
 
     def _get_train_sampler(self, *_: Any) -> Any:

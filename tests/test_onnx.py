@@ -382,11 +382,10 @@ def test_a_patch_of_no_steps_says_the_published_story(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not runs.HERE, reason="no base-7m or no E2E rows under shared/data")
 @pytest.mark.parametrize("name", ["stories260K", "base-7m"])
 def test_a_run_keeps_its_loss_in_8_bits_and_answers_from_the_files(name: str, tmp_path: Path) -> None:
-    cache, run = Path(os.environ["EDGEGT_CACHE"]), tmp_path / "run"
-    some = runs.words(run, "--steps", "60", "--eval-rows", "40", model=runs.STORIES.parent / name)
+    base, cache, run = runs.model_here(name), Path(os.environ["EDGEGT_CACHE"]), tmp_path / "run"
+    some = runs.words(run, "--steps", "60", "--eval-rows", "40", model=base)
     files = {bits: tmp_path / f"onnx{bits}" for bits in (8, 32)}
     every = [
         some,

@@ -66,7 +66,7 @@ def test_every_option_has_help_a_plain_type_and_a_valid_default() -> None:
         value = getattr(defaults, item.name)
         assert value is None or type(value) is option_type(item), item.name
     with pytest.raises(dataclasses.FrozenInstanceError):
-        defaults.rho = 0.3  # type: ignore[misc]
+        defaults.rho = 0.3
 
 
 def test_options_come_from_toml_in_either_spelling(tmp_path: Path) -> None:
