@@ -32,7 +32,7 @@ class Probes:
         return [BatchShape(self.rows, worst, kept)] * self.count
 
 
-PROBE_SHARE = 0.05
+PROBE_SHARE = 0.02
 PROBE_ROWS = (4, 64)
 # Evaluation and the report take time too, and predicted seconds may be short.
 TIME_MARGIN = 1.6
@@ -119,13 +119,16 @@ def rows_that_fit(peak: Callable[[int], int], most: int, memory_bytes: int) -> i
 
 
 def plan_probes(options: RunOptions, schedule: Schedule, rho: float, need: Need, memory_bytes: int) -> Probes:
-    """As many rows as 5 % of the FLOPs budget pays for, between 4 and 64, in batches that fit into memory."""
+    """As many rows as 2 % of the FLOPs budget pays for, between 4 and 64, in batches that fit into memory.
+
+    A batch has half of the rows of a step, at most: what it needs above the model is activations.
+    """
     total = sum(shape.rows for shape in schedule.shapes)
     worst = largest(schedule, 1)
     dear = need.table.probe_work().at(worst) / (need.table.full_work().total(schedule.shapes) / total)
     rows = PROBE_SHARE * rho * total / dear / len(schedule.rounds)
     rows = int(min(max(rows, PROBE_ROWS[0]), PROBE_ROWS[1]))
-    per_batch = fitting_probe_rows(max(2, min(options.batch_size, rows // 2)), need, schedule, memory_bytes, 0)
+    per_batch = fitting_probe_rows(max(2, min(options.batch_size // 2, rows // 2)), need, schedule, memory_bytes, 0)
     return Probes(per_batch, max(2, rows // per_batch // 2 * 2))
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from edgegt.budget import PROBE_ROWS, PROBE_SHARE
 from edgegt.cost import BatchShape, Work
 from edgegt.errors import BudgetError, InputError
 from edgegt.floats import (
@@ -30,9 +31,8 @@ from edgegt.floats import (
 )
 from edgegt.log import Log
 
-# As in a run of edgegt: rounds of a long run, and what is spent on measuring importance, of the budget and in rows.
+# As in a run of edgegt: rounds of a long run.
 ROUNDS, ROUNDS_FROM = 2, 40
-PROBE_SHARE, PROBE_ROWS = 0.05, (4, 64)
 # Batches that are drawn to know how long rows are; checks per run that what is spent still leads to the budget.
 SAMPLED, CHECKS = 8, 20
 # Batches whose shapes stand for those to come.

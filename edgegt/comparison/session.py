@@ -163,7 +163,7 @@ class _Session:
         for one in contenders:
             rhos = [rho for name, rho in paces if name == one.name and rho is not None]
             rho = middle(rhos) if rhos else None
-            steps = steps_of(self.request.equal, fewer, full, paces[one.name, rho])
+            steps = steps_of(self.request.equal, fewer, full, paces[one.name, rho].of_share(fewer / full.steps))
 
             def loss_of(
                 factor: float, one: Contender = one, rho: float | None = rho, steps: int = steps
