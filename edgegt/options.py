@@ -61,7 +61,7 @@ class RunOptions:
     )
     batch_size: int = _option(8, "rows of an optimizer step")
     max_length: int = _option(512, "tokens of a row at most; longer rows are cut")
-    lr: float | None = _option(None, "peak learning rate (default: 0.4 / hidden size)")
+    lr: float | None = _option(None, "peak learning rate (default: 0.4 / hidden size; full: half of it)")
     schedule: str = _option("linear", "learning rate over the run", choices=SCHEDULES)
     warmup: float = _option(0.03, "share of the steps in which the learning rate rises")
     weight_decay: float = _option(0.0, "decoupled weight decay of AdamW")
@@ -78,7 +78,7 @@ class RunOptions:
     )
     only_on_mains: bool = _option(False, "wait, with a checkpoint, while the machine runs on its battery")
     cache: str = _option(
-        "off",
+        "auto",
         "keep on disk, once per row, what the frozen layers below the lowest trained one give: where it saves FLOPs "
         "(auto), always (on), or never (off)",
         choices=MODES,

@@ -112,6 +112,11 @@ class Rows:
         first: dict[tuple[int, ...], int] = {}
         self.same = [first.setdefault(ids, row) for row, ids in enumerate(inputs)]
 
+    @property
+    def nbytes(self) -> int:
+        """What all rows would take on the disk, about."""
+        return sum(self._bytes(row) for row in set(self.same))
+
     def layout(self, start: int) -> Layout:
         """The rows worth keeping from step `start` on: those visited twice or more, as many as the limit holds."""
         visits = Counter(self.same[row] for _, rows in self.batches[start:] for row in rows)

@@ -194,8 +194,6 @@ def prepare(
     trim()
     vocabulary = outputs_of(config)
     cache_bytes, fewer = (decided.cache_bytes, None) if decided else storage_budget(options, resolved, table)
-    if fewer and options.cache != "off":
-        log.fallback(fewer)
     keepable = partial(
         rows_to_keep, options, corpus.train, schedule, table.width, cache_bytes, resolved.profile.storage_bytes_per_s
     )
@@ -207,6 +205,8 @@ def prepare(
         prepared_bytes=decided.prepared_bytes if decided else watch.peak(),
         rows=keepable() if options.cache != "off" else None, spare=keepable,
     )  # fmt: skip
+    if fewer and (options.cache == "on" or (need.rows is not None and need.rows.nbytes > cache_bytes)):
+        log.fallback(fewer)
     memory_bytes, less = (decided.memory_bytes, None) if decided else memory_budget(options, resolved, host)
     if less:
         log.fallback(less)
@@ -230,7 +230,7 @@ def prepare(
         options=options, resolved=resolved, host=host, source=source, config=config, tokenizer=tokenizer,
         corpus=corpus, schedule=schedule, need=need, probes=probes, rho=rho, flops=flops,
         full_flops=table.full_work().total(schedule.shapes), memory_bytes=memory_bytes,
-        lr=options.lr or default_lr(config), kernels=kernels, device=device, watch=watch, rates=rates,
+        lr=options.lr or default_lr(config, options.strategy), kernels=kernels, device=device, watch=watch, rates=rates,
         started=started - spent_s, seconds=seconds, decisions=decisions,
     )  # fmt: skip
     if options.strategy != "full" and decided is None:
@@ -282,9 +282,9 @@ def _check_states(decided: Decisions, backend: str) -> None:
         )
 
 
-def default_lr(config: Any) -> float:
-    """0.4 / hidden size: 1.6e-3 at 256, 1e-4 at 4096. Trained tensors are few, so it is above full fine-tuning's."""
-    return 0.4 / float(config.get_text_config().hidden_size)
+def default_lr(config: Any, strategy: str = "greentrainer") -> float:
+    """0.4 / hidden size: 1.6e-3 at 256, 1e-4 at 4096; half of it where every tensor is trained (docs/benchmarks.md)."""
+    return (0.2 if strategy == "full" else 0.4) / float(config.get_text_config().hidden_size)
 
 
 def torch_threads() -> int:

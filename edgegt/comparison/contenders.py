@@ -13,7 +13,7 @@ EQUAL = ("flops", "seconds", "steps")
 PASSED = (
     "model", "data", "columns", "format", "eval_data", "eval_fraction", "eval_rows", "batch_size", "max_length",
     "device", "memory", "threads", "schedule", "warmup", "weight_decay", "max_grad_norm", "skip_bad_rows", "epochs",
-    "steps",
+    "steps", "cache",
 )  # fmt: skip
 
 

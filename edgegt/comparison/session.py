@@ -183,9 +183,10 @@ class _Session:
         return factors
 
     def _options(self, one: Contender, seed: int, **more: Any) -> dict[str, Any]:
-        """The options of a run of this contender."""
+        """The options of a run of this contender. What trains every layer keeps no hidden states."""
+        kept = {} if one.budgeted and not one.peer else {"cache": "off"}
         return {
-            **self.request.run, "strategy": one.strategy, "seed": seed, "examples": False,
+            **self.request.run, **kept, "strategy": one.strategy, "seed": seed, "examples": False,
             "checkpoint_every": "1000000000", **more,
         }  # fmt: skip
 

@@ -184,12 +184,11 @@ def _planned(setup: Setup, log: Log) -> float:
     rounds, before, spent, step = Rounds(setup, log), None, 0, 0
     trained: set[str] = set()
     for index, steps in enumerate(rounds.lengths):
-        at = Standing(index, step, spent, tuple(sorted(trained)), len(rounds.lengths) - index - 1, 0.0)
+        cached = (before.boundary, before.cache_first) if before and before.boundary else None
+        at = Standing(index, step, spent, tuple(sorted(trained)), len(rounds.lengths) - index - 1, 0.0, cached)
         before = rounds.plan(at, values, before)
         rounds.fix(before)
-        table = rounds.table()
-        shapes = setup.schedule.shapes[step : step + steps]
-        spent += table.train_work(table.mask(before.selected), before.recompute).total(shapes)
+        spent += rounds.flops_left(step, step + steps, before) + before.cached.get("fill_flops", 0)
         trained |= {*before.selected}
         step += steps
     return spent / setup.full_flops
