@@ -3,7 +3,7 @@
 Importance is measured before the steps that it is to predict. At the start of a shift of domain it is large in every
 layer and says little for the head, which later decides more than any choice among the blocks: on stories260K and E2E,
 1066 steps at half of the FLOPs, the head came 30th of 47 in the first measurement and first in the second. So a head
-that can be afforded is trained; the rest competes by importance, tilted towards the loss by (1 + depth)^2: what lies
+that can be afforded is trained; the rest competes by importance, tilted towards the loss by (1 + depth)^TILT: what lies
 high is paid for anyway on the way down, and its importance lasts. A tensor whose measured importance is zero, as
 many are near the end of a run, is still worth training where FLOPs are left over: a part of all importance is shared
 out by size. Numbers: docs/decisions.md.
@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from edgegt.cost import CostTable
 
 
-# Of all importance, what is shared out by the number of elements.
-BY_SIZE = 0.1
+# Of all importance, what is shared out by the number of elements; and how much towards the loss counts.
+BY_SIZE, TILT = 0.1, 2.0
 
 
 def values_of(importance: Mapping[str, float], table: CostTable) -> dict[str, float]:
@@ -28,6 +28,6 @@ def values_of(importance: Mapping[str, float], table: CostTable) -> dict[str, fl
     for weight in table.weights:
         value = (1 - BY_SIZE) * importance.get(weight.name, 0.0)
         value += by_size * weight.numel if weight.kind != "head" else 0.0
-        values[weight.name] = value * (1 + max(0, weight.block) / max(1, table.blocks)) ** 2
+        values[weight.name] = value * (1 + max(0, weight.block) / max(1, table.blocks)) ** TILT
     everything = sum(values.values())
     return {weight.name: everything if weight.kind == "head" else values[weight.name] for weight in table.weights}
