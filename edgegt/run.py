@@ -23,9 +23,10 @@ from edgegt.folder import RunFolder, check_output, claim_folder, lasting, open_f
 from edgegt.keeper import Keeper, Machine
 from edgegt.log import Log
 from edgegt.options import RunOptions, options_of
-from edgegt.prepare import Decisions, Setup, prepare
+from edgegt.prepare import Decisions, Setup, prepare, torch_threads
 from edgegt.process import share_the_machine, terminated_is_interrupted, trim
 from edgegt.sensors import MachineSensors, nvidia_gpu
+from edgegt.stopping import stopping_of
 from edgegt.tensorboard import Scalars, check_tensorboard
 from edgegt.units import format_duration
 from edgegt.version import __version__
@@ -144,6 +145,8 @@ class _Session:
         keeper.common |= {"evaluated": asdict(before), "after_s": trainee.after_s}
         try:
             trainee.train()
+            if keeper.stops is not None:
+                keeper.stops.finish()
         finally:
             self.log.end_steps()
             self._end(setup, trainee, keeper)
@@ -162,7 +165,9 @@ class _Session:
         _record_inputs(setup, self.folder)
         began = time.perf_counter()
         before = evaluate(setup, trainee, self.log, "before")
-        trainee.after_s = EVALUATION_MARGIN * (time.perf_counter() - began) + SAVING_S
+        evaluation_s = time.perf_counter() - began
+        last_s = keeper.stops.expect(evaluation_s) if keeper.stops else 0.0
+        trainee.after_s = EVALUATION_MARGIN * evaluation_s + SAVING_S + last_s
         _check_time_left(setup, trainee)
         self.folder.write("eval.json", {"before": before.numbers, "examples": []})
         return before
@@ -224,7 +229,7 @@ def trainee_of(setup: Setup, log: Log, keeper: Keeper) -> Any:
         from edgegt.trainee import Int8Trainee
 
         trainee = Int8Trainee(setup, log, keeper)
-    keeper.kept = trainee
+    keeper.kept, keeper.stops = trainee, stopping_of(trainee, keeper, log)
     keeper.common["fingerprint"] = trainee.fingerprint
     return trainee
 
@@ -309,7 +314,7 @@ def _record_run(
 ) -> None:  # fmt: skip
     setup, predicted = trainee.setup, trainee.predicted
     profile = setup.resolved.profile
-    steps = read_lines(folder.metrics)
+    steps = [line for line in read_lines(folder.metrics) if "loss" in line]
     done = sum(entry["tokens_per_s"] * entry["step_s"] for entry in steps)
     train_s = sum(entry["step_s"] for entry in steps)
     progress = trainee.progress
@@ -341,9 +346,9 @@ def _record_run(
                       "device_step_s": predicted.device_step_s, "floor_bytes": setup.need.floor_bytes},
         "measured": measured, "full_flops": setup.full_flops, "memory_terms": predicted.memory_terms,
         "measured_terms": predicted.measured_terms, "lr": setup.lr * progress.lr_scale,
-        "backend": trainee.backend, "threads": _threads(), "fallbacks": list(log.fallbacks),
+        "backend": trainee.backend, "threads": torch_threads(), "fallbacks": list(log.fallbacks),
         "power": _power(setup, keeper, steps), "cache": trainee.prefix.facts() if hasattr(trainee, "prefix") else None,
-        "sessions": keeper.sessions, "finished": finished,
+        "sessions": keeper.sessions, "finished": finished, "early_stopping": keeper.stops and keeper.stops.facts(),
     })  # fmt: skip
 
 
@@ -354,12 +359,6 @@ def _power(setup: Setup, keeper: Keeper, steps: list[dict[str, Any]]) -> dict[st
     if not setup.resolved.on_board or not measured:
         return {"watts": power.watts, "mode": keeper.power_mode or power.name, "source": "profile"}
     return {"watts": fmean(measured), "mode": keeper.power_mode or power.name, "source": "the power sensor's mean"}
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def write_report_apart(path: Path, log: Log) -> None:

@@ -186,7 +186,7 @@ class _Session:
         """The options of a run of this contender."""
         return {
             **self.request.run, "strategy": one.strategy, "seed": seed, "examples": False,
-            "checkpoint_every": "1000000000", **more,
+            "early_stopping": False, "checkpoint_every": "1000000000", **more,
         }  # fmt: skip
 
     def _job(
