@@ -179,6 +179,15 @@ class Keeper:
         names = ("temperature_c", "power_w", "throttled", "battery_percent")
         return {name: value for name in names if (value := getattr(reading, name)) is not None}
 
+    def trained(self) -> None:
+        """Training ended: the run goes on with the best that was measured. Raises: DiskError."""
+        if self.stops is not None:
+            self.stops.finish()
+
+    def expect(self, evaluation_s: float) -> float:
+        """Evaluation takes so long: what `trained` will take."""
+        return self.stops.expect(evaluation_s) if self.stops else 0.0
+
     def seconds_ahead(self) -> float:
         """What will be done between the steps that are left, as far as it is known."""
         return self.stops.seconds_ahead() if self.stops else 0.0

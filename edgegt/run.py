@@ -145,8 +145,7 @@ class _Session:
         keeper.common |= {"evaluated": asdict(before), "after_s": trainee.after_s}
         try:
             trainee.train()
-            if keeper.stops is not None:
-                keeper.stops.finish()
+            keeper.trained()
         finally:
             self.log.end_steps()
             self._end(setup, trainee, keeper)
@@ -166,8 +165,7 @@ class _Session:
         began = time.perf_counter()
         before = evaluate(setup, trainee, self.log, "before")
         evaluation_s = time.perf_counter() - began
-        last_s = keeper.stops.expect(evaluation_s) if keeper.stops else 0.0
-        trainee.after_s = EVALUATION_MARGIN * evaluation_s + SAVING_S + last_s
+        trainee.after_s = EVALUATION_MARGIN * evaluation_s + SAVING_S + keeper.expect(evaluation_s)
         _check_time_left(setup, trainee)
         self.folder.write("eval.json", {"before": before.numbers, "examples": []})
         return before
@@ -318,7 +316,8 @@ def _record_run(
     done = sum(entry["tokens_per_s"] * entry["step_s"] for entry in steps)
     train_s = sum(entry["step_s"] for entry in steps)
     progress = trainee.progress
-    full_done = setup.need.table.full_work().total(setup.schedule.shapes[: progress.step])
+    # A run that needed no more steps spent less than was planned for all of them.
+    full_done = setup.need.table.full_work().total(setup.schedule.shapes[: None if progress.enough else progress.step])
     measured: dict[str, Any] = {
         "peak_bytes": setup.watch.peak_ever(), "floor_bytes": setup.need.floor_bytes, "train_s": train_s,
         "elapsed_s": time.perf_counter() - setup.started, "flops": trainee.meter.total,
@@ -388,8 +387,9 @@ def summary(folder: RunFolder) -> str:
     if "flops_ratio" not in measured:
         lines.append("no step was made")
         return "\n".join([*lines, f"report: {folder.path / 'report.html'}"])
+    planned = " on all that was planned" if (run_json["early_stopping"] or {}).get("stopped") else ""
     lines.append(
-        f"FLOPs {measured['flops_ratio']:.1%} of full fine-tuning (budget {budget['rho']:.0%}), peak memory "
+        f"FLOPs {measured['flops_ratio']:.1%} of full fine-tuning{planned} (budget {budget['rho']:.0%}), peak memory "
         f"{format_bytes(measured['peak_bytes'])} of {format_bytes(budget['memory_bytes'])}, "
         f"{format_duration(measured['elapsed_s'])}"
     )

@@ -49,10 +49,9 @@ def stopping_text(found: Tree | None) -> str | None:
     parts.append(same if found.get("overlaps") else "which the numbers here do not report on")
     parts.append(f". The best was {loss:.3f} after epoch {best:.3g}")
     if found.get("put_back"):
-        parts.append(", and is what the run ended with" + (", early." if found.get("stopped") else "."))
-    else:
-        parts.append(".")
-    return "".join(parts)
+        parts.append(", and is what the run ended with")
+    early = ". Training ended early: FLOPs are held against full fine-tuning on all epochs that were planned"
+    return "".join(parts) + (early if found.get("stopped") else "") + "."
 
 
 def _steps(events: Sequence[Tree]) -> str:
