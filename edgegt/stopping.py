@@ -33,6 +33,8 @@ from edgegt.units import format_bytes
 # All measurements together, of the forward passes of training; rows of one at least and at most.
 SHARE = 0.05
 ROWS = (8, 512)
+# With fewer that are held out, nothing is decided by them.
+HANDFUL = 5
 # Measurements in a row that are no better than the best, after which training ends.
 PATIENCE = 2
 LEAST_EPOCHS = 2
@@ -257,6 +259,12 @@ def stopping_of(trainee: Stoppable, keeper: Keeper, log: Log) -> Stopping | None
     setup = trainee.setup
     steps, per_epoch = setup.schedule.steps, steps_per_epoch(setup)
     if not setup.options.early_stopping or steps < LEAST_EPOCHS * per_epoch:
+        return None
+    held = len(setup.corpus.held_out)
+    if held < HANDFUL:
+        log.fallback(
+            f"no early stopping with fewer than {HANDFUL} held-out rows, and {held} are: all epochs are trained"
+        )
         return None
     count = rows_measured(setup.need.table.forward, setup.schedule.shapes, setup.corpus, math.ceil(steps / per_epoch))
     apart = len(setup.corpus.spare) >= count

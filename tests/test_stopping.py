@@ -369,3 +369,20 @@ def test_what_the_report_says() -> None:
     early = stopping_text({**found, "put_back": True, "stopped": True, "overlaps": False})
     assert early is not None and "is what the run ended with. Training ended early" in early
     assert stopping_text(None) is None and stopping_text({"losses": []}) is None
+
+
+@pytest.mark.parametrize(("held", "epochs", "wanted"), [(5, 2, True), (5, 1.9, True), (4, 2, True), (5, 2, False)])
+def test_when_there_is_early_stopping(held: int, epochs: float, wanted: bool) -> None:
+    said = Said()
+    corpus = SimpleNamespace(held_out=[example(4)] * held, spare=(), train=range(99))
+    forward = SimpleNamespace(at=lambda shape: 1, total=lambda shapes: 200)
+    setup: Any = SimpleNamespace(
+        options=SimpleNamespace(early_stopping=wanted, batch_size=10), corpus=corpus,
+        schedule=SimpleNamespace(steps=int(10 * epochs), shapes=()),
+        need=SimpleNamespace(table=SimpleNamespace(forward=forward)),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping, "shape_of", lambda one: None)
+        found = stopping.stopping_of(SimpleNamespace(setup=setup), SimpleNamespace(), said)  # type: ignore[arg-type]
+    assert (found is not None) == (held == 5 and epochs == 2 and wanted)
+    assert bool(said.of("no early stopping with fewer than 5 held-out rows, and 4 are")) == (held == 4)
