@@ -30,9 +30,11 @@ from edgegt.process import trim
 from edgegt.rounds import Predicted
 from edgegt.units import format_bytes
 
-# All measurements together, of the forward passes of training; rows of one at least and at most.
+# All measurements together, of the forward passes of training; rows of one at least and at most, and labels at least: a
+# class or a single word says little of its row.
 SHARE = 0.05
 ROWS = (8, 512)
+LABELS = 64
 # With fewer that are held out, nothing is decided by them.
 HANDFUL = 5
 # Measurements in a row that are no better than the best, after which training ends.
@@ -277,4 +279,5 @@ def rows_measured(forward: Work, shapes: Sequence[BatchShape], corpus: Corpus, t
     held = corpus.held_out
     each = sum(forward.at(shape_of([example])) for example in held) / len(held)
     within = int(SHARE * forward.total(shapes) / times / each)
-    return min(max(within, ROWS[0]), ROWS[1], max(len(held), len(corpus.spare)))
+    labelled = math.ceil(LABELS * len(held) / sum(example.supervised for example in held))
+    return min(max(within, ROWS[0], labelled), ROWS[1], max(len(held), len(corpus.spare)))

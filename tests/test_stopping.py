@@ -298,7 +298,7 @@ def test_rows_at_a_time_stay_below_the_peak_of_training(memory: int, peak: int, 
 
 
 def example(length: int, kept: int = 2) -> Any:
-    return SimpleNamespace(inputs=range(length), targets=range(kept), length=length)
+    return SimpleNamespace(inputs=range(length), targets=range(kept), length=length, supervised=kept)
 
 
 def test_spare_rows_are_spread_and_no_longer_than_the_evaluated() -> None:
@@ -317,12 +317,14 @@ def test_measurements_take_a_twentieth_of_the_forward_passes(monkeypatch: pytest
     forward: Any = SimpleNamespace(
         at=lambda shape: 10 * shape.rows * shape.tokens, total=lambda shapes: sum(10 * 8 * 30 for _ in shapes)
     )
-    corpus: Any = SimpleNamespace(held_out=[example(20), example(40)] * 200, spare=())
+    corpus: Any = SimpleNamespace(held_out=[example(20, 10), example(40, 30)] * 200, spare=())
     shapes: Any = range(600)
     count = rows_measured(forward, shapes, corpus, 6)
     assert count == 600 * 8 // 6 // 20
     assert 6 * count * forward.at(SimpleNamespace(rows=1, tokens=30)) <= 0.05 * forward.total(shapes)
     assert rows_measured(forward, range(6), corpus, 6) == stopping.ROWS[0]  # type: ignore[arg-type]
+    single: Any = SimpleNamespace(held_out=[example(30, 1)] * 400, spare=())
+    assert rows_measured(forward, range(6), single, 6) == stopping.LABELS  # type: ignore[arg-type]
     few: Any = SimpleNamespace(held_out=[example(20)] * 3, spare=())
     assert rows_measured(forward, shapes, few, 6) == 3
     assert rows_measured(forward, range(60000), corpus, 6) == 400  # type: ignore[arg-type]
