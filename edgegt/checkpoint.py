@@ -2,7 +2,7 @@
 
 No second copy is made: a thread writes tensor after tensor, and the training waits only where it would change one that
 is not written yet. Tensors at rest lie beside it in files of their own, named with their checksums. The last two
-checkpoints are kept; what none of them names is deleted.
+checkpoints are kept, and earlier ones that they name; what none of them names is deleted.
 """
 
 from __future__ import annotations
@@ -55,21 +55,27 @@ class Checkpoints:
         self.last_step = -1
         self._before_sealing = before_sealing
         self._number = max((number for number, _ in self._files()), default=0)
-        self._named: dict[int, set[str]] = {}
+        self._named: dict[int, tuple[set[str], set[int]]] = {}
         self._thread: threading.Thread | None = None
         self._left: set[str] = set()
         self._changed = threading.Condition()
         self._error: BaseException | None = None
 
+    @property
+    def next_number(self) -> int:
+        """The number of the checkpoint that is begun next."""
+        return self._number + 1
+
     def begin(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Start to write a checkpoint of these tensors, in this order, after the one before is done.
 
-        state: must have 'resting': {name: [file, checksum]}. Raises: DiskError of the one before.
+        state: must have 'resting': {name: [file, checksum]}; may have 'keeps': numbers of checkpoints that stay as long
+        as this one does. Raises: DiskError of the one before.
         """
         self.finish()
         self._number += 1
         number = self._number
-        self._named[number] = {str(place[0]) for place in state["resting"].values()}
+        self._named[number] = {str(place[0]) for place in state["resting"].values()}, {*state.get("keeps", ())}
         items = [Item.of(f"{name}|{key}", value) for name, parts in tensors.items() for key, value in parts.items()]
         ends = {f"{name}|{list(parts)[-1]}": name for name, parts in tensors.items() if parts}
         self._left = set(ends.values())
@@ -147,6 +153,10 @@ class Checkpoints:
             return saved
         return None
 
+    def of(self, number: int) -> Saved:
+        """The checkpoint with this number. Raises: InputError when it is not there or not whole."""
+        return self._read(number, self.folder / _NAME.format(number))
+
     def lost(self) -> bool:
         """Whether there were checkpoints and none is left that is whole."""
         return not self.any() and any(self.folder.glob(f"*{DAMAGED}"))
@@ -165,6 +175,7 @@ class Checkpoints:
         try:
             state = json.loads(sealed.about[_STATE])
             files = {str(place[0]): str(place[1]) for place in state["resting"].values()}
+            keeps = {int(other) for other in state.get("keeps", ())}
             int(state["step"])
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise DamagedFile(f"'{path}' holds no state of a run ({error})") from error
@@ -173,7 +184,7 @@ class Checkpoints:
                 raise DamagedFile(f"'{path}' names a file outside its folder ('{format_text(file)}')")
             if read_sealed(self.folder / PARKED / file).seal != seal:
                 raise DamagedFile(f"'{self.folder / PARKED / file}' is not the file that belongs to '{path}'")
-        self._named[number] = set(files)
+        self._named[number] = set(files), keeps
         return Saved(number, state, sealed)
 
     def _files(self) -> list[tuple[int, Path]]:
@@ -185,19 +196,22 @@ class Checkpoints:
         return found
 
     def _tidy(self) -> None:
-        """Delete all but the newest checkpoints, and parked tensors that none of them names."""
-        files = sorted(self._files())
-        for _, path in files[:-KEPT]:
-            path.unlink(missing_ok=True)
-        named = {file for number, _ in files[-KEPT:] for file in self._named_by(number)}
+        """Delete all but the newest checkpoints and those they keep, and parked tensors that none of them names."""
+        files = dict(self._files())
+        newest = sorted(files)[-KEPT:]
+        kept = {*newest}.union(*(self._named_by(number)[1] for number in newest)) & {*files}
+        for number in {*files} - kept:
+            files[number].unlink(missing_ok=True)
+        named = {file for number in kept for file in self._named_by(number)[0]}
         for path in (self.folder / PARKED).glob("*.safetensors"):
             if path.name not in named:
                 path.unlink(missing_ok=True)
 
-    def _named_by(self, number: int) -> set[str]:
+    def _named_by(self, number: int) -> tuple[set[str], set[int]]:
+        """The files and the checkpoints that a checkpoint needs."""
         if number not in self._named:
             try:
                 self._read(number, self.folder / _NAME.format(number))
             except InputError:
-                self._named[number] = set()
+                self._named[number] = set(), set()
         return self._named[number]

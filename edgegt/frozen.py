@@ -114,6 +114,15 @@ class FrozenPrefix:
         with self._skipper.skipping(self._states):
             yield
 
+    @contextmanager
+    def unused(self) -> Iterator[None]:
+        """Within `used`, have all layers run for a while, for rows that are none of the kept."""
+        try:
+            with nullcontext() if self._skipper is None else self._skipper.running():
+                yield
+        finally:
+            self.model.inputs.clear()
+
     def missing_shape(self, batch: Batch) -> BatchShape:
         """The part of a batch for which the layers below the boundary run."""
         assert self._store is not None

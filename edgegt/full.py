@@ -43,7 +43,7 @@ from edgegt.rates import of_profile
 from edgegt.recovery import go_back, leave_out
 from edgegt.rounds import Predicted
 from edgegt.sealed import Item
-from edgegt.signals import interrupted, stopped_by_signals
+from edgegt.signals import end_if_asked, stopped_by_signals
 from edgegt.source import fingerprint
 from edgegt.train import Dropped, NoRoom, Parts, Progress, Recipe, train_round
 from edgegt.units import format_bytes
@@ -95,9 +95,7 @@ class FloatTrainee:
         with stopped_by_signals(self.progress):
             while not self._train_round():
                 pass
-        if self.progress.stop is not None:
-            self.keeper.save(wait=True)
-            raise interrupted(self.progress, total, self.keeper)
+        end_if_asked(self.progress, total, self.keeper)
         if self.progress.late:
             self.log.fallback(f"the time budget ended training after step {self.progress.step} of {total}")
         self.keeper.save()
@@ -135,6 +133,10 @@ class FloatTrainee:
             self.keeper.guard.lower(state["memory_bytes"])
         self.meter.by_kind.clear()
         self.meter.by_kind.update(state["flops_by_kind"])
+        self.put_back(saved)
+
+    def put_back(self, saved: Saved) -> None:
+        """Have the tensors of a checkpoint, and nothing else of it."""
         for name, parameter in self.parameters.items():
             kept = {key: value.to(parameter.device) for key, value in saved.tensors(name).items()}
             parameter.data.copy_(kept["master"])
@@ -224,6 +226,11 @@ class FloatTrainee:
     def held_bytes(self) -> int:
         """What the float model takes more than the int8 base that evaluation is planned with."""
         return self.setup.need.table.float_bytes - self.setup.need.table.base_bytes
+
+    @property
+    def standing_bytes(self) -> int:
+        """What training holds between two steps beside the int8 base that evaluation is planned with."""
+        return self.held_bytes + 2 * self.setup.need.table.float_bytes
 
     def _micro_batch(self) -> int:
         rows = self.setup.options.batch_size

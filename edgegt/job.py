@@ -40,6 +40,7 @@ from edgegt.prefix import FREE_SHARE, Rows
 from edgegt.units import format_bytes, format_text
 
 TWO_ROUNDS_FROM = 40
+SPARE_ROWS = 512
 BAD_ROWS_KEPT = 1000
 BAD_ROWS_SHOWN = 5
 NO_CLASSES = "--task classification needs --model and --data: the built-in model and household are not for it"
@@ -52,7 +53,7 @@ class Corpus:
 
     format: of the file; layout: what its rows hold; reports: of the training and of the held-out side; unread: rows
     without anything to learn, by reason; bad: of each file its name and the rows that were left out as unreadable.
-    labels: for classification the classes.
+    labels: for classification the classes. spare: held-out rows that are not evaluated, see `evaluated_rows`.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Corpus:
     layout: str
     bad: tuple[tuple[str, tuple[BadRow, ...]], ...] = ()
     labels: tuple[str, ...] = ()
+    spare: tuple[Example, ...] = ()
 
     @property
     def longest_held_out(self) -> BatchShape:
@@ -214,10 +216,11 @@ def _labelled(
     sides = [labelled(rows, tokenizer, options.max_length, classes, reading) for rows in (train, held)]
     (examples, report), (held_out, held_report) = sides
     unread = sum((Counter(source.dropped) for source in sources), Counter[str]())
+    evaluated, spare = evaluated_rows(held_out, options.eval_rows)
     return Corpus(
-        sources[0].name, sources[0].format, tuple(examples), tuple(held_out[: options.eval_rows]), (),
+        sources[0].name, sources[0].format, tuple(examples), evaluated, (),
         (report, held_report), dict(unread), "", sources[0].layout, tuple((one.name, one.bad) for one in sources),
-        classes,
+        classes, spare,
     )  # fmt: skip
 
 
@@ -246,11 +249,30 @@ def _tokenised(
     held_out, held_report = tokenize(held, tokenizer, options.max_length, options.skip_bad_rows, start)
     other = tuple(tokenize(general, tokenizer, options.max_length)[0]) if general else ()
     unread = sum((Counter(source.dropped) for source in sources), Counter[str]())
+    evaluated, spare = evaluated_rows(held_out, options.eval_rows)
     return Corpus(
-        source.name, source.format, tuple(examples), tuple(held_out[: options.eval_rows]), other,
+        source.name, source.format, tuple(examples), evaluated, other,
         (report, held_report), dict(unread), train[0].separator, source.layout,
-        tuple((one.name, one.bad) for one in sources),
+        tuple((one.name, one.bad) for one in sources), spare=spare,
     )  # fmt: skip
+
+
+def evaluated_rows(held: Sequence[Example], most: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The held-out rows that are evaluated, and of the others SPARE_ROWS at most, spread evenly.
+
+    Those are no longer than the longest that is evaluated, so that what is planned for evaluation holds for them.
+    """
+    evaluated = tuple(held[:most])
+    inputs = max((len(one.inputs) for one in evaluated), default=0)
+    targets = max((len(one.targets) for one in evaluated), default=0)
+    others = [one for one in held[most:] if len(one.inputs) <= inputs and len(one.targets) <= targets]
+    return evaluated, spread(others, SPARE_ROWS)
+
+
+def spread(rows: Sequence[Example], most: int) -> tuple[Example, ...]:
+    """All of the rows, or `most` of them, spread evenly."""
+    count = min(most, len(rows))
+    return tuple(rows[index * len(rows) // count] for index in range(count))
 
 
 def head_forms(used: int, vocabulary: int) -> tuple[int | None, ...]:

@@ -39,6 +39,34 @@ class Kept(Protocol):
         """The live tensors, in the order in which a step changes them."""
 
 
+class Stops(Protocol):
+    """What watches whether more steps help (see `stopping`)."""
+
+    def after_step(self) -> None:
+        """Measure where it is due."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Be as the checkpoint with this state says."""
+
+    def knows(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of metrics.jsonl is no measurement of its own that it does not know."""
+
+    def expect(self, evaluation_s: float) -> float:
+        """The evaluation before training took so long; returns the seconds of one measurement."""
+
+    def seconds_ahead(self) -> float:
+        """What it will take before training ends."""
+
+    def finish(self) -> None:
+        """Training ended: go back to the best."""
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of it."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where a run hears of its surroundings; None: from the system. available: bytes that can be had now."""
@@ -82,6 +110,7 @@ class Keeper:
         self.checkpoints = Checkpoints(folder.checkpoints, self.metrics.synchronise)
         self.guard = MemoryGuard(watch, budget_bytes, machine.available or watch.available, machine.clock)
         self.kept: Kept | None = None
+        self.stops: Stops | None = None
         self.sessions: list[dict[str, Any]] = []
         self.power_mode = sensors.power_mode()
         self._started = started
@@ -114,7 +143,7 @@ class Keeper:
             "seconds_spent": spent_s, "fallbacks": list(self.log.fallbacks), "sessions": self.sessions,
             "peak_bytes": self.guard.watch.peak_ever(), "paused_s": self.pacer.paused_s,
         }  # fmt: skip
-        state = {**self.common, **facts, **self.kept.state()}
+        state = {**self.common, **facts, **self.kept.state(), **(self.stops.state() if self.stops else {})}
         self.checkpoints.begin(step, state, self.kept.tensors())
         self._saved_at, self._saved_step = time.perf_counter(), step
         if wait:
@@ -123,7 +152,7 @@ class Keeper:
     def resumed(self, state: Mapping[str, Any]) -> None:
         """The run goes on from a checkpoint with this state: the logs are cut to it. Raises: DiskError."""
         step = int(state["step"])
-        self.cut_metrics(step)
+        self.back_to(state)
         self.guard.watch.remember(state["peak_bytes"])
         self.pacer.paused_s += state["paused_s"]
         self._saved_step = self.checkpoints.last_step = step
@@ -133,6 +162,8 @@ class Keeper:
         """What is due after a step. Raises: StepBack when memory runs short; DiskError when the disk is full."""
         assert self.kept is not None
         self.checkpoints.check()
+        if self.stops is not None:
+            self.stops.after_step()
         if self._stopped():
             return
         if self._due():
@@ -148,8 +179,24 @@ class Keeper:
         names = ("temperature_c", "power_w", "throttled", "battery_percent")
         return {name: value for name in names if (value := getattr(reading, name)) is not None}
 
-    def cut_metrics(self, step: int) -> None:
-        """Leave out of metrics.jsonl what came after this step, and lines that were torn. Raises: DiskError."""
+    def trained(self) -> None:
+        """Training ended: the run goes on with the best that was measured. Raises: DiskError."""
+        if self.stops is not None:
+            self.stops.finish()
+
+    def expect(self, evaluation_s: float) -> float:
+        """Evaluation takes so long: what `trained` will take."""
+        return self.stops.expect(evaluation_s) if self.stops else 0.0
+
+    def seconds_ahead(self) -> float:
+        """What will be done between the steps that are left, as far as it is known."""
+        return self.stops.seconds_ahead() if self.stops else 0.0
+
+    def back_to(self, state: Mapping[str, Any]) -> None:
+        """Leave out of metrics.jsonl what came after this state, and lines that were torn. Raises: DiskError."""
+        step, stops = int(state["step"]), self.stops
+        if stops is not None:
+            stops.restore(state)
         self.metrics.close()
         if self.metrics.scalars is not None:
             self.metrics.scalars.cut(step)
@@ -157,6 +204,7 @@ class Keeper:
         if not path.is_file():
             return
         lines = [line for line in read_lines(path) if line.get("step", step + 1) <= step]
+        lines = [line for line in lines if stops is None or stops.knows(line)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         if text.encode() != path.read_bytes():
             write_text(path, text)

@@ -84,6 +84,10 @@ class RunOptions:
         choices=MODES,
     )
     tensorboard: bool = _option(False, "write the curves for TensorBoard too, into the run folder's tensorboard/")
+    early_stopping: bool = _option(
+        True,
+        "from two epochs on: measure held-out rows after each, end when it was worse twice in a row, keep the best",
+    )
     examples: bool = _option(True, "keep examples of the user's text in the run folder")
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ def go_back(trainee: Recoverable, keeper: Keeper, why: str) -> None:
     if saved is None:
         raise EdgegtError(f"there is no checkpoint to go back to {why}: run again")
     trainee.restore(saved)
-    keeper.cut_metrics(trainee.progress.step)
+    keeper.back_to(saved.state)
     text = f"back from step {step} to step {trainee.progress.step} {why}"
     keeper.record({"kind": "rollback", "text": text})
     keeper.log.say(f"note: {text}")

@@ -23,9 +23,10 @@ from edgegt.folder import RunFolder, check_output, claim_folder, lasting, open_f
 from edgegt.keeper import Keeper, Machine
 from edgegt.log import Log
 from edgegt.options import RunOptions, options_of
-from edgegt.prepare import Decisions, Setup, prepare
+from edgegt.prepare import Decisions, Setup, prepare, torch_threads
 from edgegt.process import share_the_machine, terminated_is_interrupted, trim
 from edgegt.sensors import MachineSensors, nvidia_gpu
+from edgegt.stopping import stopping_of
 from edgegt.tensorboard import Scalars, check_tensorboard
 from edgegt.units import format_duration
 from edgegt.version import __version__
@@ -144,6 +145,7 @@ class _Session:
         keeper.common |= {"evaluated": asdict(before), "after_s": trainee.after_s}
         try:
             trainee.train()
+            keeper.trained()
         finally:
             self.log.end_steps()
             self._end(setup, trainee, keeper)
@@ -162,7 +164,8 @@ class _Session:
         _record_inputs(setup, self.folder)
         began = time.perf_counter()
         before = evaluate(setup, trainee, self.log, "before")
-        trainee.after_s = EVALUATION_MARGIN * (time.perf_counter() - began) + SAVING_S
+        evaluation_s = time.perf_counter() - began
+        trainee.after_s = EVALUATION_MARGIN * evaluation_s + SAVING_S + keeper.expect(evaluation_s)
         _check_time_left(setup, trainee)
         self.folder.write("eval.json", {"before": before.numbers, "examples": []})
         return before
@@ -224,7 +227,7 @@ def trainee_of(setup: Setup, log: Log, keeper: Keeper) -> Any:
         from edgegt.trainee import Int8Trainee
 
         trainee = Int8Trainee(setup, log, keeper)
-    keeper.kept = trainee
+    keeper.kept, keeper.stops = trainee, stopping_of(trainee, keeper, log)
     keeper.common["fingerprint"] = trainee.fingerprint
     return trainee
 
@@ -309,11 +312,12 @@ def _record_run(
 ) -> None:  # fmt: skip
     setup, predicted = trainee.setup, trainee.predicted
     profile = setup.resolved.profile
-    steps = read_lines(folder.metrics)
+    steps = [line for line in read_lines(folder.metrics) if "loss" in line]
     done = sum(entry["tokens_per_s"] * entry["step_s"] for entry in steps)
     train_s = sum(entry["step_s"] for entry in steps)
     progress = trainee.progress
-    full_done = setup.need.table.full_work().total(setup.schedule.shapes[: progress.step])
+    # A run that needed no more steps spent less than was planned for all of them.
+    full_done = setup.need.table.full_work().total(setup.schedule.shapes[: None if progress.enough else progress.step])
     measured: dict[str, Any] = {
         "peak_bytes": setup.watch.peak_ever(), "floor_bytes": setup.need.floor_bytes, "train_s": train_s,
         "elapsed_s": time.perf_counter() - setup.started, "flops": trainee.meter.total,
@@ -341,9 +345,9 @@ def _record_run(
                       "device_step_s": predicted.device_step_s, "floor_bytes": setup.need.floor_bytes},
         "measured": measured, "full_flops": setup.full_flops, "memory_terms": predicted.memory_terms,
         "measured_terms": predicted.measured_terms, "lr": setup.lr * progress.lr_scale,
-        "backend": trainee.backend, "threads": _threads(), "fallbacks": list(log.fallbacks),
+        "backend": trainee.backend, "threads": torch_threads(), "fallbacks": list(log.fallbacks),
         "power": _power(setup, keeper, steps), "cache": trainee.prefix.facts() if hasattr(trainee, "prefix") else None,
-        "sessions": keeper.sessions, "finished": finished,
+        "sessions": keeper.sessions, "finished": finished, "early_stopping": keeper.stops and keeper.stops.facts(),
     })  # fmt: skip
 
 
@@ -354,12 +358,6 @@ def _power(setup: Setup, keeper: Keeper, steps: list[dict[str, Any]]) -> dict[st
     if not setup.resolved.on_board or not measured:
         return {"watts": power.watts, "mode": keeper.power_mode or power.name, "source": "profile"}
     return {"watts": fmean(measured), "mode": keeper.power_mode or power.name, "source": "the power sensor's mean"}
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def write_report_apart(path: Path, log: Log) -> None:
@@ -389,8 +387,9 @@ def summary(folder: RunFolder) -> str:
     if "flops_ratio" not in measured:
         lines.append("no step was made")
         return "\n".join([*lines, f"report: {folder.path / 'report.html'}"])
+    planned = " on all that was planned" if (run_json["early_stopping"] or {}).get("stopped") else ""
     lines.append(
-        f"FLOPs {measured['flops_ratio']:.1%} of full fine-tuning (budget {budget['rho']:.0%}), peak memory "
+        f"FLOPs {measured['flops_ratio']:.1%} of full fine-tuning{planned} (budget {budget['rho']:.0%}), peak memory "
         f"{format_bytes(measured['peak_bytes'])} of {format_bytes(budget['memory_bytes'])}, "
         f"{format_duration(measured['elapsed_s'])}"
     )

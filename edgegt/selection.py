@@ -8,7 +8,7 @@ that master and those states. Of the head, some rows may be trained alone; they 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,6 +113,15 @@ class Trainables:
         if state is None and name in self.model.linears:
             return {}
         return self._kept(name) | (state.tensors() if state else {})
+
+    def places(self) -> dict[str, list[str]]:
+        """Of each resting tensor the name of its file and the checksum."""
+        return {name: [place.path.name, place.seal] for name, place in self.resting.items()}
+
+    def at_places(self, places: Mapping[str, Sequence[str]]) -> dict[str, Resting]:
+        """The resting tensors of which `places` told."""
+        assert self.parked is not None
+        return {name: Resting(self.parked / file, seal) for name, (file, seal) in places.items()}
 
     def restore(
         self, live: Iterable[str], saved: Callable[[str], Mapping[str, torch.Tensor]],

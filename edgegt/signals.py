@@ -13,6 +13,13 @@ from edgegt.keeper import Keeper
 from edgegt.train import Progress
 
 
+def end_if_asked(progress: Progress, steps: int, keeper: Keeper) -> None:
+    """Raises: Interrupted, with what was trained saved, when a signal asked to stop."""
+    if progress.stop is not None:
+        keeper.save(wait=True)
+        raise interrupted(progress, steps, keeper)
+
+
 def interrupted(progress: Progress, steps: int, keeper: Keeper) -> Interrupted:
     """What the user is told after a signal: how far the run came, and how it goes on."""
     name, last = signal.Signals(progress.stop or signal.SIGINT).name, keeper.checkpoints.last_step

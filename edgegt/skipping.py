@@ -89,6 +89,15 @@ class Skipper:
             handle.remove()
             held.clear()
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While layers are skipped, have all of them run again for a while."""
+        self._computing = True
+        try:
+            yield
+        finally:
+            self._computing = False
+
     @torch.no_grad()
     def differs(self, batch: Batch, device: torch.device) -> float:
         """The relative error of the model's output on a batch when its lowest layers are given what they computed."""

@@ -23,6 +23,7 @@ TAGS = {
     "step_s": "speed/step_s", "bytes": "memory/bytes", "peak_bytes": "memory/peak_bytes",
     "temperature_c": "machine/temperature_c", "power_w": "machine/power_w",
     "battery_percent": "machine/battery_percent", "throttled": "machine/throttled",
+    "held_out_loss": "held_out/loss",
 }  # fmt: skip
 SHARE = "flops/share_of_full_fine_tuning"
 _NAME = "events.out.tfevents."
@@ -57,8 +58,9 @@ class Scalars:
             return
         try:
             file = self._file or self._open(entry["step"] if self._first is None else self._first)
-            values = {tag: entry[name] for name, tag in TAGS.items() if name in entry}
-            values[SHARE] = entry["flops"] / self.full_flops
+            values = {tag: entry[name] for name, tag in TAGS.items() if entry.get(name) is not None}
+            if "flops" in entry:
+                values[SHARE] = entry["flops"] / self.full_flops
             pairs = [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
             _write(file, step=entry["step"], summary={"value": pairs})
         except OSError as error:

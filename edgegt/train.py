@@ -51,7 +51,8 @@ class Recipe:
 class Progress:
     """Where a run is. train_s: seconds of training alone; stop: the signal that asked to stop, if any.
 
-    late: the deadline was reached. kept_bytes: measured bytes that autograd kept for the largest micro-batch so far.
+    late: the deadline was reached; enough: more steps would not help.
+    kept_bytes: measured bytes that autograd kept for the largest micro-batch so far.
     dropped: steps (from 0) that were left out because something was not finite; lr_scale: what rates are multiplied by.
     torn: the step at hand has changed some tensors.
     """
@@ -60,6 +61,7 @@ class Progress:
     train_s: float = 0.0
     stop: int | None = None
     late: bool = False
+    enough: bool = False
     kept_bytes: int = 0
     kept_predicted: int = 0
     dropped: set[int] = field(default_factory=set)
@@ -79,6 +81,7 @@ class Progress:
         return {
             "step": self.step, "train_s": self.train_s, "kept_bytes": self.kept_bytes,
             "kept_predicted": self.kept_predicted, "dropped": sorted(self.dropped), "lr_scale": self.lr_scale,
+            "enough": self.enough,
         }  # fmt: skip
 
     def restore(self, tree: Mapping[str, Any]) -> None:
@@ -124,7 +127,9 @@ def train_round(
     parts: Parts, recipe: Recipe, batches: Iterable[tuple[float, Batch]], micro_batch: int, round_index: int,
     progress: Progress, metrics: Lines, report: Callable[[dict[str, Any]], None], fused: bool,
 ) -> None:  # fmt: skip
-    """Train on these (epoch, batch) pairs, one optimizer step each, until they end or `progress.stop` is set.
+    """Train on these (epoch, batch) pairs, one optimizer step each, until they end or are enough.
+
+    A signal in `progress.stop` ends them too.
 
     fused: no batch is cut into micro-batches, so that gradients are applied within backward.
     Raises: Dropped when something is not finite and NoRoom without memory, with the step not made (see `torn`);
@@ -132,7 +137,7 @@ def train_round(
     """
     with _applied_in_backward(parts, recipe, progress, fused):
         for epoch, batch in batches:
-            if progress.stop is not None:
+            if progress.stop is not None or progress.enough:
                 return
             typical = progress.train_s / progress.step if progress.step else 0.0
             if recipe.deadline is not None and time.perf_counter() + typical > recipe.deadline:

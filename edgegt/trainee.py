@@ -31,8 +31,8 @@ from edgegt.rates import of_profile
 from edgegt.recompute import recomputed
 from edgegt.recovery import go_back, leave_out
 from edgegt.rounds import Predicted, Rounds, Standing
-from edgegt.selection import Resting, Trainables
-from edgegt.signals import interrupted, stopped_by_signals
+from edgegt.selection import Trainables
+from edgegt.signals import end_if_asked, stopped_by_signals
 from edgegt.train import Dropped, NoRoom, Parts, Progress, Recipe, train_round
 from edgegt.units import format_bytes
 from edgegt.version import __version__
@@ -80,14 +80,10 @@ class Int8Trainee:
                     self._begin_round()
                 if not self._train_round():
                     continue  # something went wrong and was dealt with: from where the run is now
-                if self.progress.stop is not None:
-                    self.keeper.save(wait=True)
-                    raise interrupted(self.progress, self.setup.schedule.steps, self.keeper)
+                end_if_asked(self.progress, self.setup.schedule.steps, self.keeper)
                 self._end_round()
-        if self.progress.stop is not None:  # it came after the last step
-            self.keeper.save(wait=True)
-            raise interrupted(self.progress, self.setup.schedule.steps, self.keeper)
-        if self.progress.step < self.rounds.last_step:
+        end_if_asked(self.progress, self.setup.schedule.steps, self.keeper)  # it came after the last step
+        if self.progress.step < self.rounds.last_step and not self.progress.enough:
             total = self.setup.schedule.steps
             self.log.fallback(f"the time budget ended training after step {self.progress.step} of {total}")
         self.complete = True
@@ -109,7 +105,6 @@ class Int8Trainee:
 
     def state(self) -> dict[str, Any]:
         """Everything but tensors that an exact resume needs."""
-        resting = self.trainables.resting.items()
         return {
             "round": self.index, "first": self.first, "rounds": self.rounds.state(),
             "plan": None if self.chosen is None else self.chosen.to_json(),
@@ -118,7 +113,7 @@ class Int8Trainee:
             "values": self._values, "probe_flops": self.probe_flops, "flops_by_kind": dict(self.meter.by_kind),
             "memory_bytes": self.setup.memory_bytes, "limit_bytes": self.keeper.guard.budget_bytes,
             "live": list(self.trainables.live), "prefix": self.prefix.state(),
-            "resting": {name: [place.path.name, place.seal] for name, place in resting},
+            "resting": self.trainables.places(),
         }  # fmt: skip
 
     def tensors(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
@@ -139,19 +134,22 @@ class Int8Trainee:
         self.meter.by_kind.update(state["flops_by_kind"])
         if not self.trainables.live and not self.trainables.resting and self._before is not None:
             self._configure(self._before)
-        parked = self.keeper.folder.parked
-        resting = {name: Resting(parked / file, seal) for name, (file, seal) in state["resting"].items()}
-        self.trainables.restore(state["live"], saved.tensors, resting)
+        self.put_back(saved)
         self.prefix.restore(state.get("prefix", {}))
         self.rounds.tidy(self.keeper.folder, self.index - (self.chosen is None))
         if state["memory_bytes"] < self.setup.memory_bytes:
             self._lower(state["memory_bytes"], state["limit_bytes"])
 
+    def put_back(self, saved: Saved) -> None:
+        """Have the trained tensors of a checkpoint, and nothing else of it. Raises: EdgegtError."""
+        resting = self.trainables.at_places(saved.state["resting"])
+        self.trainables.restore(saved.state["live"], saved.tensors, resting)
+
     def _out_of_time(self) -> bool:
-        """Whether another round has no time, by the deadline or because all steps that the time allows are made."""
+        """Whether another round has no time, by the deadline or because all steps that are allowed or help are made."""
         left = self.setup.seconds_left
         late = left is not None and left <= self.after_s
-        return late or self.progress.late or self.progress.step >= self.rounds.last_step
+        return late or self.progress.late or self.progress.enough or self.progress.step >= self.rounds.last_step
 
     def _begin_round(self) -> None:
         self._importance()
@@ -193,11 +191,11 @@ class Int8Trainee:
         self.trainables.configure(chosen.formats, rows)
 
     def _standing(self) -> Standing:
-        later = len(self.rounds.lengths) - self.index - 1
+        later, after_s = len(self.rounds.lengths) - self.index - 1, self.after_s + self.keeper.seconds_ahead()
         trained = tuple(sorted({*self.trainables.resting, *self.trainables.live} - {*self.model.fresh}))
         before = self._before
         cached = (before.boundary, before.cache_first) if before and before.boundary and self.rounds.keeping else None
-        return Standing(self.index, self.progress.step, self.meter.total, trained, later, self.after_s, cached)
+        return Standing(self.index, self.progress.step, self.meter.total, trained, later, after_s, cached)
 
     def _step_back(self, back: StepBack) -> None:
         """Go on with less memory: the rest of the round gets a smaller plan. Raises: EdgegtError when none fits."""
@@ -305,7 +303,7 @@ class Int8Trainee:
 
         0 when they do not fit even then, beside the planes of what was trained (never in the first round).
         """
-        setup, held = self.setup, self._planned_bytes()
+        setup, held = self.setup, self.standing_bytes
         need, schedule = setup.need, setup.schedule
         rows = fitting_probe_rows(setup.probes.rows, need, schedule, setup.memory_bytes, held)
         while setup.probes.rows % rows:
@@ -313,13 +311,15 @@ class Int8Trainee:
         if held and need.probe_bytes(largest(schedule, rows), held) > setup.memory_bytes:
             self.trainables.select(())
             trim()
-        peak = need.probe_bytes(largest(schedule, rows), self._planned_bytes())
+        peak = need.probe_bytes(largest(schedule, rows), self.standing_bytes)
         if held and peak > setup.memory_bytes:
             return 0
         self._probe_peak = max(self._probe_peak, peak)
         return rows
 
-    def _planned_bytes(self) -> int:
+    @property
+    def standing_bytes(self) -> int:
+        """What training holds between two steps beside the base, as planned."""
         return planned_bytes(self.trainables, self.rounds.table(), self.rounds.formats[0])
 
     def _predict(self, steps: int, chosen: Plan) -> None:

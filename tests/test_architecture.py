@@ -23,8 +23,8 @@ LAYERS = {
     "command line and Python": "cli __main__ trainer",
     "comparison": "comparison",
     "order": "run",
-    "stages": "calibrate full trainee frozen recovery rounds held prepare subject use talk conversation outlook survey"
-    " doctor report export card onnx plain hf floats",
+    "stages": "calibrate full trainee stopping frozen recovery rounds held prepare subject use talk conversation"
+    " outlook survey doctor report export card onnx plain hf floats",
     "parts of a run": "train signals recompute skipping hidden evaluate keeper checkpoint selection importance patch"
     " speed budget job pretrained merge decoding engine sampling detokenize",
     "model and data": "model pieces trace graph architecture classifier attention experts fused head loss optimizer"

@@ -158,8 +158,11 @@ def test_a_run_that_died_goes_on_with_the_same_bits(
     resume(tmp_path / "run", Log(quiet=True))
     ours, theirs = tmp_path / "run", trained.folder
     assert (ours / "patch.safetensors").read_bytes() == (theirs / "patch.safetensors").read_bytes()
-    losses = [[(line["step"], line["loss"]) for line in read_lines(path / "metrics.jsonl")] for path in (ours, theirs)]
-    assert losses[0] == losses[1]
+    mine, whole = (
+        [(line["step"], line.get("loss"), line.get("held_out_loss")) for line in read_lines(path / "metrics.jsonl")]
+        for path in (ours, theirs)
+    )
+    assert mine == whole and any(held_out is not None for _, _, held_out in whole)
     assert runs.read(ours, "eval.json")["after"] == trained.read("eval.json")["after"]
 
 

@@ -53,6 +53,7 @@ def options(rows: Path, out: Path, **more: Any) -> RunOptions:
         "device": "jetson", "model": str(runs.STORIES), "data": str(rows), "columns": "prompt=mr,completion=ref",
         "threads": 1, "batch_size": 4, "max_length": 96, "epochs": 4.0, "eval_rows": 6, "rho": 0.36, "memory": "2GiB",
         "lr": 3e-3, "examples": False, "checkpoint_every": "5", "output": str(out), "cache": "on",
+        "early_stopping": False,
     }  # fmt: skip
     return RunOptions(**given | more)
 

@@ -33,6 +33,7 @@ def _loss(folder: Path, device: str, model: str, strategy: str, epochs: float) -
             device=device, model=str(SHARED / "data" / "models" / model),
             data=str(SHARED / "data" / "e2e" / "devset.csv"), columns="prompt=mr,completion=ref", rho=0.5,
             strategy=strategy, epochs=epochs, lr=lr, output=str(folder / f"{strategy}-{epochs}"), examples=False,
+            early_stopping=False,
         ),
         Log(quiet=True),
     )  # fmt: skip

@@ -79,7 +79,7 @@ def test_the_two_commands_come_first_and_can_be_taken_out() -> None:
 
 def test_commands_and_options_in_the_readme_exist() -> None:
     assert re.findall(r"^\| `edgegt (\w+)` \|", section("Commands"), re.M) == list(_COMMANDS)
-    known = {flag(item.name) for item in fields(RunOptions)} | {"--no-examples"} | OTHER_FLAGS
+    known = {flag(item.name) for item in fields(RunOptions)} | {"--no-examples", "--no-early-stopping"} | OTHER_FLAGS
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme())) <= known
 
 

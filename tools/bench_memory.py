@@ -103,7 +103,7 @@ class Bench:
 
     def __init__(self, work: Path, data: Path, more: Sequence[str], timeout_s: float) -> None:
         self.work, self.timeout_s = work, timeout_s
-        self.common = ["run", "--data", str(data), "--quiet", "--eval-rows", "16", *more]
+        self.common = ["run", "--data", str(data), "--quiet", "--eval-rows", "16", "--no-early-stopping", *more]
         self.runs = 0
 
     def run(self, draw: Draw, memory: str) -> tuple[int | None, str, Path]:

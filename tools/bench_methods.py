@@ -135,7 +135,7 @@ def edgegt_words(bench: Bench, name: str, memory: int, folder: Path) -> list[str
         "--memory", f"{memory // 2**20}MiB", "--strategy", "greentrainer",
         "--steps", str(run_steps(bench, name)), "--batch-size", str(bench.size.rows),
         "--max-length", str(bench.size.tokens), "--threads", str(bench.threads), "--no-examples", "--quiet",
-        "--output", str(folder),
+        "--no-early-stopping", "--output", str(folder),
     ]  # fmt: skip
 
 

@@ -262,6 +262,7 @@ def tasks_of(args: argparse.Namespace, folder: Path) -> list[Task]:
         "device": args.device, "model": str(args.model.resolve()), "data": str(args.data.resolve()),
         "columns": args.columns, "threads": args.threads, "memory": args.memory, "batch_size": args.batch_size,
         "max_length": args.max_length, "seed": args.seed, "examples": False,
+        "early_stopping": False,
     }  # fmt: skip
     once = {"steps": args.steps} if args.steps else {"epochs": args.epochs}
     times = args.more_epochs / args.epochs

@@ -37,7 +37,8 @@ def words(out: Path, rows: Path, *more: str, model: str = "stories260K") -> list
     return [
         "run", "--device", "jetson", "--model", str(MODELS / model), "--data", str(rows),
         "--columns", "prompt=mr,completion=ref", "--output", str(out), "--threads", "1", "--batch-size", "4",
-        "--max-length", "96", "--eval-rows", "24", "--rho", "0.5", "--memory", "2GiB", "--lr", "3e-3", *more,
+        "--max-length", "96", "--eval-rows", "24", "--rho", "0.5", "--memory", "2GiB", "--lr", "3e-3",
+        "--no-early-stopping", *more,
     ]  # fmt: skip
 
 

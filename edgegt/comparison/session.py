@@ -187,7 +187,7 @@ class _Session:
         kept = {} if one.budgeted and not one.peer else {"cache": "off"}
         return {
             **self.request.run, **kept, "strategy": one.strategy, "seed": seed, "examples": False,
-            "checkpoint_every": "1000000000", **more,
+            "early_stopping": False, "checkpoint_every": "1000000000", **more,
         }  # fmt: skip
 
     def _job(

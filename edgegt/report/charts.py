@@ -38,6 +38,7 @@ _VARIABLES = {
     **{colour: f"term-{i}" for i, colour in enumerate(TERM_COLOURS)},
 }
 MAX_POINTS = 500
+HELD_OUT = "held_out_loss"
 _SETTINGS = {"svg.fonttype": "none", "font.size": 11.5, "font.family": "DejaVu Sans"}
 
 
@@ -222,7 +223,7 @@ def _over_steps(facts: RunFacts, wide: bool = False) -> tuple[Figure, Axes]:
 
 
 def loss_chart(facts: RunFacts) -> str | None:
-    """Training loss, raw and smoothed, with the held-out loss before and after; None without metrics."""
+    """Training loss, raw and smoothed, with the held-out loss before, after, and after epochs; None without metrics."""
     steps, losses = _series(facts, "loss")
     if not steps:
         return None
@@ -230,6 +231,8 @@ def loss_chart(facts: RunFacts) -> str | None:
     axes.plot(thin(steps, _mean), thin(losses, _mean), color=ACCENT, alpha=0.35, linewidth=1)
     smoothed = smooth(losses, 1 - 1 / max(2.0, min(25.0, len(losses) / 12)))
     axes.plot(thin(steps, _mean), thin(smoothed, _mean), color=ACCENT, linewidth=2.2)
+    measured, between = _series(facts, HELD_OUT)
+    axes.plot(measured, between, color=INK, linewidth=1.2, marker="D", markersize=4, zorder=4)
     for at, found in ((0.0, facts.before), (steps[-1], facts.after)):
         held_out = number(found or {}, "loss")
         if held_out is None:
@@ -245,7 +248,8 @@ def loss_chart(facts: RunFacts) -> str | None:
     _mark(axes, facts, TURNS, INK)
     if not has(facts, "temperature_c"):
         _mark(axes, facts, PAUSES, BUDGET)
-    return to_svg(figure, "loss", "training loss by step, held-out loss before and after")
+    more = ", and after epochs" if measured else ""
+    return to_svg(figure, "loss", f"training loss by step, held-out loss before and after{more}")
 
 
 def memory_chart(facts: RunFacts) -> str | None:

@@ -37,6 +37,23 @@ def event_rows(events: Sequence[Tree]) -> list[Row]:
     return rows if left <= 0 else [*rows[:MOST_ROWS], ("", f"and {left} more, in events.jsonl", "")]
 
 
+def stopping_text(found: Tree | None) -> str | None:
+    """What early stopping measured, whether that is what is reported, and which epoch was kept; None without it."""
+    if not found or not found.get("losses"):
+        return None
+    rows, best, loss = (number(found, key) for key in ("rows", "best_epoch", "best_loss"))
+    if rows is None or best is None or loss is None:
+        return None
+    same = "which the loss after training is reported on too: chosen by them, it flatters a little"
+    parts = [f"After each epoch the loss was measured on {rows:.0f} held-out rows, "]
+    parts.append(same if found.get("overlaps") else "which the numbers here do not report on")
+    parts.append(f". The best was {loss:.3f} after epoch {best:.3g}")
+    if found.get("put_back"):
+        parts.append(", and is what the run ended with")
+    early = ". Training ended early: FLOPs are held against full fine-tuning on all epochs that were planned"
+    return "".join(parts) + (early if found.get("stopped") else "") + "."
+
+
 def _steps(events: Sequence[Tree]) -> str:
     """'12', or '12–90' for several."""
     steps = [step for event in events if (step := number(event, "step")) is not None]

@@ -161,7 +161,7 @@ def measured(facts: RunFacts) -> Tree:
 def _measured_so_far(facts: RunFacts) -> Tree:
     if not facts.metrics:
         return {}
-    last = facts.metrics[-1]
+    last = next((line for line in reversed(facts.metrics) if "loss" in line), facts.metrics[-1])
     elapsed = number(last, "elapsed_s")
     peaks = [peak for line in facts.metrics if (peak := number(line, "peak_bytes")) is not None]
     rates = [rate for line in facts.metrics if (rate := number(line, "tokens_per_s")) is not None]
@@ -252,6 +252,7 @@ def build_report(facts: RunFacts) -> Tree:
         "events": list(facts.events),
         "temperature": _temperature(facts),
         "cache": _cache(facts),
+        "early_stopping": facts.part("early_stopping") or None,
         **_energy_keys(facts),
     }
     finite: Tree = _finite(report)

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from edgegt.frontier import Frontier
 from edgegt.report import charts, words
 from edgegt.report.charts import Bar
-from edgegt.report.events import PAUSES, TURNS, event_rows, marked_steps
+from edgegt.report.events import PAUSES, TURNS, event_rows, marked_steps, stopping_text
 from edgegt.report.facts import RunFacts, number
 from edgegt.report.frontier import frontier_svg
 from edgegt.report.grid import draw_tensors
@@ -61,6 +61,8 @@ def _texts(facts: RunFacts, report: Tree) -> dict[str, Any]:
         "pauses": bool(marked_steps(facts.events, PAUSES, facts.last_step)),
         "data": words.data_rows(report["data"]),
         "held_out": words.held_out_rows(facts),
+        "stopping": stopping_text(report["early_stopping"]),
+        "measured": charts.has(facts, charts.HELD_OUT),
         "examples": words.example_rows(facts),
         "hidden": facts.options.get("examples") is False,
     }
