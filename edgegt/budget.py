@@ -46,6 +46,7 @@ class Need:
     formats, head_rows: the number formats and parts of the head that may be trained, the preferred first.
     prepared_bytes: the peak of what was done so far, below which no budget can be kept.
     rows: those of which hidden states may be kept, None where none are; spare: those of which they could be.
+    streams: whether the base's layers are in memory one at a time but where they are trained.
     """
 
     table: CostTable
@@ -59,6 +60,7 @@ class Need:
     prepared_bytes: int = 0
     rows: Rows | None = None
     spare: Callable[[], Rows | None] = lambda: None
+    streams: bool = False
 
     @property
     def around(self) -> Surroundings:
@@ -73,6 +75,7 @@ class Need:
         return Problem(
             self.table, values, shapes, flops, memory_bytes, self.around, self.vocabulary, options.batch_size,
             self.formats, self.head_rows, seconds, self.rates, self.rows.caching(0) if self.rows else None,
+            streams=self.streams,
         )  # fmt: skip
 
     def evaluation_bytes(self, rows: int, held_bytes: int = 0) -> int:
@@ -101,7 +104,8 @@ class Need:
 
     def _peak(self, shape: BatchShape, kept: int) -> int:
         everything = (1 << len(self.table.weights)) - 1
-        terms = fixed_terms(self.table, self.around, shape, self.vocabulary)
+        around = replace(self.around, streamed=self.table.blocks if self.streams else 0)
+        terms = fixed_terms(self.table, around, shape, self.vocabulary)
         terms["masters"] = always_bytes(self.table, False, Formats(states="float32"))
         mean = self.table.saved_work(everything).at(shape) // max(1, self.table.blocks)
         terms["block"] = max((self.table.layer_bytes(index).at(shape) for index in range(self.table.blocks)), default=0)
@@ -181,6 +185,14 @@ def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:
     )
 
 
+def within_memory(options: RunOptions, need: Need, schedule: Schedule, memory_bytes: int) -> Need:
+    """The need, with its base streamed where that is what it takes to train anything, and hidden states may be kept."""
+    if need.rows is None or smallest_bytes(options, need, schedule) <= memory_bytes:
+        return need
+    streamed = replace(need, streams=True)
+    return streamed if smallest_bytes(options, streamed, schedule) < smallest_bytes(options, need, schedule) else need
+
+
 def check_time(
     seconds: float | None, spent_s: float, options: RunOptions, need: Need, schedule: Schedule, probes: Probes
 ) -> None:
@@ -207,7 +219,10 @@ def probe_seconds(need: Need, schedule: Schedule, probes: Probes) -> float:
     """Predicted seconds of measuring importance in every round, 0 without rates."""
     if need.rates is None or not probes.count:
         return 0.0
-    return len(schedule.rounds) * need.rates.probe_s(need.table, Totals.of(probes.shapes(schedule)))
+    seconds = need.rates.probe_s(need.table, Totals.of(probes.shapes(schedule)))
+    if need.streams and need.rows is not None:  # forward, and again in backward
+        seconds += 2 * probes.count * sum(need.table.layer_bytes_int8) / need.rows.bytes_per_s
+    return len(schedule.rounds) * seconds
 
 
 def _anything(options: RunOptions, need: Need, schedule: Schedule, seconds: float | None = None) -> Problem:
@@ -220,11 +235,21 @@ def check_memory(memory_bytes: int, options: RunOptions, need: Need, schedule: S
     """Raises: BudgetError, with the smallest budget that would do, when `memory_bytes` is too little to train in."""
     least = smallest_bytes(options, need, schedule)
     if least > memory_bytes:
-        remedy = "lower --max-length" if need.table.base_bytes < memory_bytes / 2 else "take a smaller model"
-        shown = math.ceil(least / 2**20)
+        model = need.table.resident_bytes(need.table.blocks if need.streams else 0)
+        remedy = "lower --max-length" if model < memory_bytes / 2 else "take a smaller model"
+        shown, part = math.ceil(least / 2**20), "what stays of the streamed" if need.streams else "the"
         raise BudgetError(
             f"no weight can be trained within {format_bytes(memory_bytes)}: the smallest budget that would do is "
-            f"{shown} MiB ({format_bytes(need.floor_bytes)} for the program, {format_bytes(need.table.base_bytes)} for "
-            f"the int8 model); {remedy} or give --memory {shown}MiB",
+            f"{shown} MiB ({format_bytes(need.floor_bytes)} for the program, {format_bytes(model)} for {part} int8 "
+            f"model); {remedy} or give --memory {shown}MiB{_least_streamed(options, need, schedule, least)}",
             smallest_bytes=shown * 2**20,
         )
+
+
+def _least_streamed(options: RunOptions, need: Need, schedule: Schedule, least: int) -> str:
+    """What would do where hidden states are kept and the base is streamed, where they are not kept."""
+    rows = need.spare() if need.rows is None else None
+    if rows is None:
+        return ""
+    streamed = smallest_bytes(options, replace(need, rows=rows, streams=True), schedule)
+    return f"; with --cache auto {math.ceil(streamed / 2**20)}MiB would do" if streamed < least else ""

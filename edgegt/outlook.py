@@ -21,6 +21,7 @@ from edgegt.budget import (
     plan_probes,
     probe_seconds,
     smallest_bytes,
+    within_memory,
 )
 from edgegt.cost import BatchShape, CostTable
 from edgegt.data import Example
@@ -192,7 +193,7 @@ def prospect_of(
     if options.cache != "off":
         limit, bytes_per_s = 0 if table.encoder_decoder else profile.cache_bytes, profile.storage_bytes_per_s
         rows = rows_to_keep(options, batches.train, schedule, table.width, limit, bytes_per_s)
-        need = replace(need, rows=rows)
+        need = within_memory(options, replace(need, rows=rows), schedule, memory_bytes)
     rho, seconds = options.rho or profile.rho, options.seconds_of(profile)
     full = table.full_work().total(schedule.shapes)
     probes = Probes(0, 0)
@@ -224,6 +225,7 @@ def prospect_of(
         "lowest_layer": None, "head": False, "predicted": {},
         "micro_batch": None, "accumulation": None, "recompute": [], "formats": None,
         "head_rows": None, "memory": {}, "optimality_gap": None, "notes": [], "boundary": 0, "cache": {},
+        "streamed": False,
     }  # fmt: skip
     if chosen is not None:
         outlook |= _chosen(chosen, problem)
@@ -244,7 +246,7 @@ def _chosen(chosen: Plan, problem: Problem) -> dict[str, Any]:
         "head": any(weight.kind == "head" for weight in trained),
         "recompute": list(chosen.recompute), "formats": asdict(chosen.formats), "head_rows": rows,
         "memory": chosen.memory, "notes": list(chosen.notes), "optimality_gap": chosen.optimality_gap,
-        "boundary": chosen.boundary, "cache": chosen.cached,
+        "boundary": chosen.boundary, "cache": chosen.cached, "streamed": problem.streams,
     }  # fmt: skip
 
 
@@ -308,6 +310,8 @@ def _choice_lines(outlook: dict[str, Any]) -> list[str]:
     batch = f"micro-batch {outlook['micro_batch']}"
     batch += f", {outlook['accumulation']} accumulated" if outlook["accumulation"] > 1 else ""
     kept = f"{len(again)} of {layers} layers recomputed ({_ranges(again)})" if again else "no layer recomputed"
+    if outlook["streamed"]:
+        kept += f"; the base streamed, {format_bytes(outlook['memory']['base'])} of it in memory"
     if outlook["boundary"]:
         kept += f"; what the lowest {outlook['boundary']} give is kept: {format_bytes(outlook['cache']['bytes'])}"
     gap = outlook["optimality_gap"]

@@ -18,7 +18,7 @@ from edgegt.errors import InputError
 from edgegt.evaluate import exact_match
 from edgegt.job import read_corpus, read_sources
 from edgegt.options import RunOptions
-from edgegt.prepare import data_digests
+from edgegt.job import data_digests
 from letters import Letters
 
 
