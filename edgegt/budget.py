@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from edgegt.cost import BatchShape, CostTable, Totals, Work
 from edgegt.errors import BudgetError
 from edgegt.job import Schedule
 from edgegt.memory import Formats, Surroundings, always_bytes, fixed_terms, slack_bytes
 from edgegt.options import RunOptions
-from edgegt.planner import FORMATS, Problem, smallest
+from edgegt.planner import FORMATS, Problem, Smallest, smallest
 from edgegt.prefix import Rows
 from edgegt.problem import unlimited
 from edgegt.rates import Rates
@@ -151,7 +152,7 @@ def flops_budget(rho: float, options: RunOptions, need: Need, schedule: Schedule
     table = need.table
     full = table.full_work().total(schedule.shapes)
     probing = len(schedule.rounds) * table.probe_work().total(probes.shapes(schedule))
-    least = smallest(_anything(options, need, schedule)).rho_flops + probing
+    least = _smallest(options, need, schedule).rho_flops + probing
     if least > int(rho * full):
         smallest_rho = math.ceil(least / full * 100) / 100
         other = _least_otherwise(options, need, schedule, full, probing)
@@ -169,7 +170,7 @@ def _least_otherwise(options: RunOptions, need: Need, schedule: Schedule, full: 
     rows = need.spare() if need.rows is None else None
     if rows is None and need.rows is None:
         return ""
-    least = smallest(_anything(options, replace(need, rows=rows), schedule)).rho_flops + probing
+    least = _smallest(options, replace(need, rows=rows), schedule).rho_flops + probing
     return f"; {least / full:.3f} with --cache {'off' if rows is None else 'auto'}"
 
 
@@ -177,7 +178,7 @@ def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:
     """The least peak with which the run can be done: its preparation, smallest evaluation, probe and training."""
     probing = options.measures_importance
     return max(
-        smallest(_anything(options, need, schedule)).memory_bytes,
+        _smallest(options, need, schedule).memory_bytes,
         need.probe_bytes(largest(schedule, 2)) if probing else 0,
         need.evaluation_bytes(1),
         need.answer_bytes(1),
@@ -187,10 +188,10 @@ def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:
 
 def within_memory(options: RunOptions, need: Need, schedule: Schedule, memory_bytes: int) -> Need:
     """The need, with its base streamed where that is what it takes to train anything, and hidden states may be kept."""
-    if need.rows is None or smallest_bytes(options, need, schedule) <= memory_bytes:
+    if need.rows is None or (least := smallest_bytes(options, need, schedule)) <= memory_bytes:
         return need
     streamed = replace(need, streams=True)
-    return streamed if smallest_bytes(options, streamed, schedule) < smallest_bytes(options, need, schedule) else need
+    return streamed if smallest_bytes(options, streamed, schedule) < least else need
 
 
 def check_time(
@@ -203,7 +204,7 @@ def check_time(
     if seconds is None:
         return
     probing = probe_seconds(need, schedule, probes)
-    least = smallest(_anything(options, need, schedule, seconds)).seconds + probing
+    least = _smallest(options, need, schedule, seconds).seconds + probing
     if least + spent_s > seconds:
         needed = math.ceil(TIME_MARGIN * (least + spent_s))
         before = f" after {format_duration(spent_s)} of preparation" if spent_s >= 1 else ""
@@ -225,10 +226,11 @@ def probe_seconds(need: Need, schedule: Schedule, probes: Probes) -> float:
     return len(schedule.rounds) * seconds
 
 
-def _anything(options: RunOptions, need: Need, schedule: Schedule, seconds: float | None = None) -> Problem:
-    """The run as a problem in which every weight is worth the same and nothing is too much."""
+@lru_cache(maxsize=4)
+def _smallest(options: RunOptions, need: Need, schedule: Schedule, seconds: float | None = None) -> Smallest:
+    """The least budgets of the run as a problem in which every weight is worth the same and nothing is too much."""
     values = {weight.name: 1.0 for weight in need.table.weights}
-    return unlimited(need.problem(options, schedule.shapes, values, 0, 0, seconds))
+    return smallest(unlimited(need.problem(options, schedule.shapes, values, 0, 0, seconds)))
 
 
 def check_memory(memory_bytes: int, options: RunOptions, need: Need, schedule: Schedule) -> None:

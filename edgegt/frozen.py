@@ -176,8 +176,8 @@ class FrozenPrefix:
                 self.model.meter.by_kind.clear()
                 self.model.meter.by_kind.update(begun)
                 return False
-            for number, (states, flops) in zip(missing, made, strict=True):
-                store.write(number, named[number], states, flops)
+            for number, (states, spent) in zip(missing, made, strict=True):
+                store.write(number, named[number], states, spent)
         self._counted, self._store, self._skipper = identity, store, skipper
         self.nbytes, self.kept_rows = store.nbytes, len(layout.rows)
         return True

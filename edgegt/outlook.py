@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from edgegt.architecture import decoder_start, is_classifier, outputs_of, positions_of
@@ -190,10 +191,10 @@ def prospect_of(
     heads = (None,) if is_classifier(config) else head_forms(batches.used_tokens, vocabulary)
     copied = table.largest_weight if profile.kind in ON_GPU else 0
     need = Need(table, FLOOR_BYTES, vocabulary, longest, head_rows=heads, rates=rates, copy_bytes=copied)
-    if options.cache != "off":
-        limit, bytes_per_s = 0 if table.encoder_decoder else profile.cache_bytes, profile.storage_bytes_per_s
-        rows = rows_to_keep(options, batches.train, schedule, table.width, limit, bytes_per_s)
-        need = within_memory(options, replace(need, rows=rows), schedule, memory_bytes)
+    limit, bytes_per_s = 0 if table.encoder_decoder else profile.cache_bytes, profile.storage_bytes_per_s
+    keepable = partial(rows_to_keep, options, batches.train, schedule, table.width, limit, bytes_per_s)
+    need = replace(need, rows=keepable() if options.cache != "off" else None, spare=keepable)
+    need = within_memory(options, need, schedule, memory_bytes)
     rho, seconds = options.rho or profile.rho, options.seconds_of(profile)
     full = table.full_work().total(schedule.shapes)
     probes = Probes(0, 0)

@@ -73,6 +73,8 @@ class BaseStream:
         away = {name: linear for name, linear in self.linears[index].items() if linear.weight.q.is_meta}
         for name, linear in away.items():
             linear.restore(frozen_weight(self.store, name, self.device))
+            if self.device.type != "cpu":  # copied: what it was read from need not stay as well
+                self.store.release(self._keys(index))
         if away:
             self.most_bytes = max(self.most_bytes, self.there_bytes)
 
