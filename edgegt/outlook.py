@@ -25,7 +25,7 @@ from edgegt.budget import (
     within_memory,
 )
 from edgegt.cost import BatchShape, CostTable
-from edgegt.data import Example
+from edgegt.data import Example, Row
 from edgegt.device import Resolved
 from edgegt.errors import BudgetError, InputError
 from edgegt.job import (
@@ -139,8 +139,17 @@ def batches_of(options: RunOptions, model: str, config: Any) -> Batches:
     used = DEFAULT_HEAD_ROWS
     if 3 * used < vocabulary_of(config):
         words += f"; {used} different tokens"
-    empty = tuple((0.0, ()) for _ in range(steps))
-    return Batches(Schedule(empty, (shape,) * steps, (steps,)), words, used)
+    return _stated(options, steps, shape, words, used)
+
+
+def _stated(options: RunOptions, steps: int, shape: BatchShape, words: str, used: int) -> Batches:
+    """Batches of one shape, of rows that come twice, which counts where hidden states are kept."""
+    words += "" if options.cache == "off" else "; each row twice"
+    epoch, size = -(-steps // 2), shape.rows
+    firsts = [(step // epoch, step % epoch * size) for step in range(steps)]
+    batches = tuple((float(number), tuple(range(first, first + size))) for number, first in firsts)
+    train = tuple(Example((row,) * shape.tokens, (row,), Row("", "", row + 1)) for row in range(epoch * size))
+    return Batches(Schedule(batches, (shape,) * steps, (steps,)), words, used, train)
 
 
 def classified_batches(options: RunOptions, model: str, config: Any) -> tuple[Any, Batches]:
@@ -163,10 +172,7 @@ def classified_batches(options: RunOptions, model: str, config: Any) -> tuple[An
     tokens, labels = min(DEFAULT_TOKENS, options.max_length), known_labels(config) or ("0", "1")
     shape, steps = BatchShape(options.batch_size, tokens, 1), options.steps or DEFAULT_STEPS
     words = f"default: {steps} steps of {shape.rows} rows x {tokens} tokens, {len(labels)} classes"
-    empty = tuple((0.0, ()) for _ in range(steps))
-    return as_classifier(config, labels, options.seed, stored), Batches(
-        Schedule(empty, (shape,) * steps, (steps,)), words, 0
-    )
+    return as_classifier(config, labels, options.seed, stored), _stated(options, steps, shape, words, 0)
 
 
 def vocabulary_of(config: Any) -> int:

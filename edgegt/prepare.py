@@ -222,6 +222,8 @@ def prepare(
         log.fallback(less)
     watch.hold(memory_bytes)
     need = replace(need, streams=decided.streams) if decided else within_memory(options, need, schedule, memory_bytes)
+    if need.streams and device.type == "cuda":
+        log.fallback("the int8 base is streamed to a GPU, which has not been measured yet: its peak may be another")
     rho = 1.0 if options.strategy == "full" else options.rho or resolved.profile.rho
     seconds = options.seconds_of(resolved.profile)
     if decided is not None:
