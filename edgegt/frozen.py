@@ -176,7 +176,9 @@ class FrozenPrefix:
                 self.model.meter.by_kind.clear()
                 self.model.meter.by_kind.update(begun)
                 return False
-            for number, (states, spent) in zip(missing, made, strict=True):
+            for number in missing:
+                batches, spent = made.pop(0)  # one file at a time exists twice
+                states = [torch.cat([piece.of_tokens() for piece in batch]) for batch in batches]
                 store.write(number, named[number], states, spent)
         self._counted, self._store, self._skipper = identity, store, skipper
         self.nbytes, self.kept_rows = store.nbytes, len(layout.rows)
@@ -205,11 +207,8 @@ class FrozenPrefix:
 
     def _made(
         self, parts: Sequence[Skipper], files: Sequence[File], micro_batch: int, stopped: Callable[[], bool]
-    ) -> list[tuple[list[Tensor], dict[str, int]]] | None:
-        """Of each file the states of its batches, float32 [tokens, width] on the CPU, and the FLOPs they took.
-
-        None when it was stopped.
-        """
+    ) -> list[tuple[list[list[_Piece]], dict[str, int]]] | None:
+        """Of each file its batches in pieces that passed all layers, and the FLOPs they took; None when stopped."""
         meter = self.model.meter
         pieces = [[self._pieces(batch, micro_batch) for batch in file] for file in files]
         flops: list[dict[str, int]] = [{} for _ in files]
@@ -223,10 +222,7 @@ class FrozenPrefix:
                     piece.pass_through(skipper, below, self.model.device)
                 for kind, after in meter.by_kind.items():
                     spent[kind] = spent.get(kind, 0) + after - before.get(kind, 0)
-        return [
-            ([torch.cat([piece.of_tokens() for piece in batch]) for batch in file], spent)
-            for file, spent in zip(pieces, flops, strict=True)
-        ]
+        return list(zip(pieces, flops, strict=True))
 
     def _pieces(self, rows: Sequence[int], micro_batch: int) -> list[_Piece]:
         batch = collate([self.examples[row] for row in rows], self.pad_id)
