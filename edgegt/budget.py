@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from edgegt.cost import BatchShape, CostTable, Totals, Work
 from edgegt.errors import BudgetError
@@ -62,6 +62,7 @@ class Need:
     rows: Rows | None = None
     spare: Callable[[], Rows | None] = lambda: None
     streams: bool = False
+    _known: dict[Any, tuple[Schedule, Smallest]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def around(self) -> Surroundings:
@@ -226,11 +227,18 @@ def probe_seconds(need: Need, schedule: Schedule, probes: Probes) -> float:
     return len(schedule.rounds) * seconds
 
 
-@lru_cache(maxsize=4)
 def _smallest(options: RunOptions, need: Need, schedule: Schedule, seconds: float | None = None) -> Smallest:
-    """The least budgets of the run as a problem in which every weight is worth the same and nothing is too much."""
+    """The least budgets of the run as a problem in which every weight is worth the same and nothing is too much.
+
+    Several checks ask for them: what was found for a schedule is remembered with the need.
+    """
+    known = need._known.get((options, seconds))
+    if known is not None and known[0] is schedule:
+        return known[1]
     values = {weight.name: 1.0 for weight in need.table.weights}
-    return smallest(unlimited(need.problem(options, schedule.shapes, values, 0, 0, seconds)))
+    found = smallest(unlimited(need.problem(options, schedule.shapes, values, 0, 0, seconds)))
+    need._known[options, seconds] = schedule, found
+    return found
 
 
 def check_memory(memory_bytes: int, options: RunOptions, need: Need, schedule: Schedule) -> None:
