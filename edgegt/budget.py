@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from edgegt.cost import BatchShape, CostTable, Totals, Work
 from edgegt.errors import BudgetError
 from edgegt.job import Schedule
 from edgegt.memory import Formats, Surroundings, always_bytes, fixed_terms, slack_bytes
 from edgegt.options import RunOptions
-from edgegt.planner import FORMATS, Problem, smallest
+from edgegt.planner import FORMATS, Problem, Smallest, smallest
 from edgegt.prefix import Rows
 from edgegt.problem import unlimited
 from edgegt.rates import Rates
@@ -46,6 +47,7 @@ class Need:
     formats, head_rows: the number formats and parts of the head that may be trained, the preferred first.
     prepared_bytes: the peak of what was done so far, below which no budget can be kept.
     rows: those of which hidden states may be kept, None where none are; spare: those of which they could be.
+    streams: whether the base's layers are in memory one at a time but where they are trained.
     """
 
     table: CostTable
@@ -59,6 +61,8 @@ class Need:
     prepared_bytes: int = 0
     rows: Rows | None = None
     spare: Callable[[], Rows | None] = lambda: None
+    streams: bool = False
+    _known: dict[Any, tuple[Schedule, Smallest]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def around(self) -> Surroundings:
@@ -73,6 +77,7 @@ class Need:
         return Problem(
             self.table, values, shapes, flops, memory_bytes, self.around, self.vocabulary, options.batch_size,
             self.formats, self.head_rows, seconds, self.rates, self.rows.caching(0) if self.rows else None,
+            streams=self.streams,
         )  # fmt: skip
 
     def evaluation_bytes(self, rows: int, held_bytes: int = 0) -> int:
@@ -101,7 +106,8 @@ class Need:
 
     def _peak(self, shape: BatchShape, kept: int) -> int:
         everything = (1 << len(self.table.weights)) - 1
-        terms = fixed_terms(self.table, self.around, shape, self.vocabulary)
+        around = replace(self.around, streamed=self.table.blocks if self.streams else 0)
+        terms = fixed_terms(self.table, around, shape, self.vocabulary)
         terms["masters"] = always_bytes(self.table, False, Formats(states="float32"))
         mean = self.table.saved_work(everything).at(shape) // max(1, self.table.blocks)
         terms["block"] = max((self.table.layer_bytes(index).at(shape) for index in range(self.table.blocks)), default=0)
@@ -150,7 +156,7 @@ def flops_budget(rho: float, options: RunOptions, need: Need, schedule: Schedule
     table = need.table
     full = table.full_work().total(schedule.shapes)
     probing = len(schedule.rounds) * table.probe_work().total(probes.shapes(schedule))
-    least = smallest(_anything(options, need, schedule)).rho_flops + probing
+    least = _smallest(options, need, schedule).rho_flops + probing
     if least > int(rho * full):
         smallest_rho = math.ceil(least / full * 100) / 100
         other = _least_otherwise(options, need, schedule, full, probing)
@@ -168,7 +174,7 @@ def _least_otherwise(options: RunOptions, need: Need, schedule: Schedule, full: 
     rows = need.spare() if need.rows is None else None
     if rows is None and need.rows is None:
         return ""
-    least = smallest(_anything(options, replace(need, rows=rows), schedule)).rho_flops + probing
+    least = _smallest(options, replace(need, rows=rows), schedule).rho_flops + probing
     return f"; {least / full:.3f} with --cache {'off' if rows is None else 'auto'}"
 
 
@@ -176,12 +182,20 @@ def smallest_bytes(options: RunOptions, need: Need, schedule: Schedule) -> int:
     """The least peak with which the run can be done: its preparation, smallest evaluation, probe and training."""
     probing = options.measures_importance
     return max(
-        smallest(_anything(options, need, schedule)).memory_bytes,
+        _smallest(options, need, schedule).memory_bytes,
         need.probe_bytes(largest(schedule, 2)) if probing else 0,
         need.evaluation_bytes(1),
         need.answer_bytes(1),
         need.prepared_bytes,
     )
+
+
+def within_memory(options: RunOptions, need: Need, schedule: Schedule, memory_bytes: int) -> Need:
+    """The need, with its base streamed where that is what it takes to train anything, and hidden states may be kept."""
+    if need.rows is None or (least := smallest_bytes(options, need, schedule)) <= memory_bytes:
+        return need
+    streamed = replace(need, streams=True)
+    return streamed if smallest_bytes(options, streamed, schedule) < least else need
 
 
 def check_time(
@@ -194,7 +208,7 @@ def check_time(
     if seconds is None:
         return
     probing = probe_seconds(need, schedule, probes)
-    least = smallest(_anything(options, need, schedule, seconds)).seconds + probing
+    least = _smallest(options, need, schedule, seconds).seconds + probing
     if least + spent_s > seconds:
         needed = math.ceil(TIME_MARGIN * (least + spent_s))
         before = f" after {format_duration(spent_s)} of preparation" if spent_s >= 1 else ""
@@ -210,24 +224,45 @@ def probe_seconds(need: Need, schedule: Schedule, probes: Probes) -> float:
     """Predicted seconds of measuring importance in every round, 0 without rates."""
     if need.rates is None or not probes.count:
         return 0.0
-    return len(schedule.rounds) * need.rates.probe_s(need.table, Totals.of(probes.shapes(schedule)))
+    seconds = need.rates.probe_s(need.table, Totals.of(probes.shapes(schedule)))
+    if need.streams and need.rows is not None:  # forward, and again in backward
+        seconds += 2 * probes.count * sum(need.table.layer_bytes_int8) / need.rows.bytes_per_s
+    return len(schedule.rounds) * seconds
 
 
-def _anything(options: RunOptions, need: Need, schedule: Schedule, seconds: float | None = None) -> Problem:
-    """The run as a problem in which every weight is worth the same and nothing is too much."""
+def _smallest(options: RunOptions, need: Need, schedule: Schedule, seconds: float | None = None) -> Smallest:
+    """The least budgets of the run as a problem in which every weight is worth the same and nothing is too much.
+
+    Several checks ask for them: what was found for a schedule is remembered with the need.
+    """
+    known = need._known.get((options, seconds))
+    if known is not None and known[0] is schedule:
+        return known[1]
     values = {weight.name: 1.0 for weight in need.table.weights}
-    return unlimited(need.problem(options, schedule.shapes, values, 0, 0, seconds))
+    found = smallest(unlimited(need.problem(options, schedule.shapes, values, 0, 0, seconds)))
+    need._known[options, seconds] = schedule, found
+    return found
 
 
 def check_memory(memory_bytes: int, options: RunOptions, need: Need, schedule: Schedule) -> None:
     """Raises: BudgetError, with the smallest budget that would do, when `memory_bytes` is too little to train in."""
     least = smallest_bytes(options, need, schedule)
     if least > memory_bytes:
-        remedy = "lower --max-length" if need.table.base_bytes < memory_bytes / 2 else "take a smaller model"
-        shown = math.ceil(least / 2**20)
+        model = need.table.resident_bytes(need.table.blocks if need.streams else 0)
+        remedy = "lower --max-length" if model < memory_bytes / 2 else "take a smaller model"
+        shown, part = math.ceil(least / 2**20), "what stays of the streamed" if need.streams else "the"
         raise BudgetError(
             f"no weight can be trained within {format_bytes(memory_bytes)}: the smallest budget that would do is "
-            f"{shown} MiB ({format_bytes(need.floor_bytes)} for the program, {format_bytes(need.table.base_bytes)} for "
-            f"the int8 model); {remedy} or give --memory {shown}MiB",
+            f"{shown} MiB ({format_bytes(need.floor_bytes)} for the program, {format_bytes(model)} for {part} int8 "
+            f"model); {remedy} or give --memory {shown}MiB{_least_streamed(options, need, schedule, least)}",
             smallest_bytes=shown * 2**20,
         )
+
+
+def _least_streamed(options: RunOptions, need: Need, schedule: Schedule, least: int) -> str:
+    """What would do where hidden states are kept and the base is streamed, where they are not kept."""
+    rows = need.spare() if need.rows is None else None
+    if rows is None:
+        return ""
+    streamed = smallest_bytes(options, replace(need, rows=rows, streams=True), schedule)
+    return f"; with --cache auto {math.ceil(streamed / 2**20)}MiB would do" if streamed < least else ""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 
@@ -214,6 +215,20 @@ class CostTable:
     def largest_weight(self) -> int:
         """Elements of the largest matrix, of experts one's alone: bytes of one int8 plane of it."""
         return max(weight.numel // weight.experts for weight in self.weights if weight.kind != "vector")
+
+    @cached_property
+    def layer_bytes_int8(self) -> tuple[int, ...]:
+        """Bytes of each layer's int8 matrices with their scales: what need not be in memory but when the layer runs."""
+        sizes = [0] * self.blocks
+        for weight in self.weights:
+            if weight.kind != "vector" and 0 <= weight.block < self.blocks:
+                sizes[weight.block] += weight.numel + 2 * weight.shape[0]
+        return tuple(sizes)
+
+    def resident_bytes(self, streamed: int) -> int:
+        """Bytes of the base where, of the layers below this one, one is in memory at a time."""
+        sizes = self.layer_bytes_int8[:streamed]
+        return self.base_bytes - sum(sizes) + max(sizes, default=0)
 
     def scored(self, shape: BatchShape) -> int:
         """Positions of a row whose logits full fine-tuning computes: all, a decoder's, or the one of a class."""

@@ -59,7 +59,12 @@ def explain(
     """
     here = problem.at(found.boundary)
     return {
-        "memory": {"phase": phase_of(found.memory), "peak_bytes": found.peak_bytes, "terms": dict(found.memory)},
+        "memory": {
+            "phase": phase_of(found.memory),
+            "peak_bytes": found.peak_bytes,
+            "terms": dict(found.memory),
+            "streamed_bytes": problem.table.base_bytes if problem.streams else 0,
+        },
         "flops": flops_parts(here, found) | {PROBES: probe_flops},
         "full_flops": problem.full_flops,
         "seconds": None if problem.rates is None else seconds_parts(here, found) | {PROBES: probe_s},
@@ -213,6 +218,8 @@ def _memory_lines(memory: Tree) -> Iterator[str]:
     for name, size in sorted(memory["terms"].items(), key=lambda term: -term[1]):
         if size:
             meaning = TERM_MEANINGS.get(name, "")
+            if name == "base" and (whole := memory["streamed_bytes"]):
+                meaning = f"what stays in memory of the streamed int8 model, {format_bytes(whole)} as a whole"
             yield f"  {name:<12} {format_bytes(size):>10}  {bar(size / largest)}  {meaning}".rstrip()
     absent = [name for name, size in memory["terms"].items() if not size]
     if absent:

@@ -3,12 +3,14 @@
 All rows that are kept are computed before the first step that uses them, in the batches of their layout, and every
 step uses what was stored: so a run that was killed and goes on uses the same bits. What a file held that was lost is
 computed again in the same batches. FLOPs of making the states count once, whichever process made them.
+Of a streamed base one layer is in memory at a time, so that many batches pass a layer before the next one comes: the
+same batches through the same layers, and the same bits. A file is written when its batches passed all of them.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,13 @@ from edgegt.errors import EdgegtError, is_out_of_memory
 from edgegt.hidden import HiddenStore, identity_of, key_of
 from edgegt.model import Int8Model
 from edgegt.planner import Plan
-from edgegt.prefix import Rows
+from edgegt.prefix import Rows, fill_group_bytes
 from edgegt.selection import Resting
 from edgegt.skipping import AGREES, Skipper
 from edgegt.version import __version__
 
 FOLDER = "hidden"
+File = Sequence[tuple[int, ...]]
 
 
 class NotKept(EdgegtError):
@@ -107,11 +110,10 @@ class FrozenPrefix:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """For a while, the layers below the boundary do not run for rows whose states are kept."""
-        if self._store is None or self._skipper is None:
-            yield
-            return
-        with self._skipper.skipping(self._states):
+        """For a while, the layers below the boundary do not run for rows whose states are kept, nor stay in memory."""
+        skipper, stream = self._skipper, self.model.stream
+        staying = stream.from_layer(self.boundary if skipper else 0) if stream else nullcontext()
+        with staying, skipper.skipping(self._states) if skipper else nullcontext():
             yield
 
     @contextmanager
@@ -164,34 +166,91 @@ class FrozenPrefix:
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)  # first, so that the budget of the disk holds
         store, skipper = HiddenStore(folder, identity, self.rows.width), Skipper(self.model.module, chosen.boundary)
-        self._verify(skipper, layout.files[0][0], chosen.boundary)
-        counts = self._counted != identity
-        for number, file in enumerate(layout.files):
-            if stopped():
+        parts = self._parts(chosen.boundary)
+        self._verify(parts, layout.files[0][0], chosen.boundary)
+        counts, begun = self._counted != identity, dict(self.model.meter.by_kind)
+        named = [[[self._named(identity, row) for row in batch] for batch in file] for file in layout.files]
+        for group in self._groups(layout.files, chosen.boundary):
+            missing = []
+            for number in group:
+                there = store.open(number, named[number])
+                if there is None:
+                    missing.append(number)
+                elif counts:
+                    for kind, flops in there.items():
+                        self.model.meter.add(kind, flops)
+            with nullcontext() if counts else self.model.meter.off():
+                made = self._made(parts, [layout.files[number] for number in missing], chosen.micro_batch, stopped)
+            if made is None:  # what is there counts when it is found again
+                self.model.meter.by_kind.clear()
+                self.model.meter.by_kind.update(begun)
                 return False
-            named = [[self._named(identity, row) for row in batch] for batch in file]
-            before = dict(self.model.meter.by_kind)
-            there = store.open(number, named)
-            if there is None:
-                with nullcontext() if counts else self.model.meter.off():
-                    states = [self._computed(skipper, batch, chosen.micro_batch) for batch in file]
-                after = self.model.meter.by_kind
-                store.write(number, named, states, {kind: after[kind] - before.get(kind, 0) for kind in after})
-            elif counts:
-                for kind, flops in there.items():
-                    self.model.meter.add(kind, flops)
+            for number in missing:
+                batches, spent = made.pop(0)  # one file at a time exists twice
+                states = [torch.cat([piece.of_tokens() for piece in batch]) for batch in batches]
+                store.write(number, named[number], states, spent)
         self._counted, self._store, self._skipper = identity, store, skipper
         self.nbytes, self.kept_rows = store.nbytes, len(layout.rows)
         return True
 
-    def _verify(self, skipper: Skipper, rows: tuple[int, ...], boundary: int) -> None:
+    def _parts(self, boundary: int) -> list[Skipper]:
+        """Up to which layers rows are computed at a time: up to the boundary at once, or layer by layer."""
+        ends = range(1, boundary + 1) if self.model.stream else [boundary]
+        return [Skipper(self.model.module, end) for end in ends]
+
+    def _groups(self, files: Sequence[File], boundary: int) -> list[list[int]]:
+        """The numbers of the files that are made together: as many as there is room for, or one."""
+        assert self.rows is not None
+        room = fill_group_bytes(self.table, boundary) if self.model.stream else 0
+        groups: list[list[int]] = []
+        left = 0
+        for number, file in enumerate(files):
+            shapes = [self.rows.shape(batch) for batch in file]
+            size = 4 * self.rows.width * sum(shape.rows * shape.tokens for shape in shapes)
+            if size > left or not groups:
+                groups.append([])
+                left = room
+            groups[-1].append(number)
+            left -= size
+        return groups
+
+    def _made(
+        self, parts: Sequence[Skipper], files: Sequence[File], micro_batch: int, stopped: Callable[[], bool]
+    ) -> list[tuple[list[list[_Piece]], dict[str, int]]] | None:
+        """Of each file its batches in pieces that passed all layers, and the FLOPs they took; None when stopped."""
+        meter = self.model.meter
+        pieces = [[self._pieces(batch, micro_batch) for batch in file] for file in files]
+        flops: list[dict[str, int]] = [{} for _ in files]
+        for place, skipper in enumerate(parts):
+            below = parts[place - 1] if place else None
+            if stopped():
+                return None
+            for file, spent in zip(pieces, flops, strict=True):
+                before = dict(meter.by_kind)
+                for piece in (piece for batch in file for piece in batch):
+                    piece.pass_through(skipper, below, self.model.device)
+                for kind, after in meter.by_kind.items():
+                    spent[kind] = spent.get(kind, 0) + after - before.get(kind, 0)
+        return list(zip(pieces, flops, strict=True))
+
+    def _pieces(self, rows: Sequence[int], micro_batch: int) -> list[_Piece]:
+        batch = collate([self.examples[row] for row in rows], self.pad_id)
+        return [_Piece(part) for part in split_micro(batch, micro_batch)]
+
+    def _verify(self, parts: Sequence[Skipper], rows: tuple[int, ...], boundary: int) -> None:
         """Raises: NotKept when the model does not give the same with its lowest layers replaced."""
         if boundary in self._verified:
             return
         batch = collate([self.examples[row] for row in rows[:2]], self.pad_id)
         try:
             with self.model.meter.off():
-                error = skipper.differs(batch, self.model.device)
+                error = parts[-1].differs(batch, self.model.device)
+                states = parts[-1].capture(batch, self.model.device).cpu()
+                if len(parts) > 1:
+                    piece = _Piece(batch)
+                    for below, skipper in zip([None, *parts], parts, strict=False):
+                        piece.pass_through(skipper, below, self.model.device)
+                    error = max(error, float((piece.states - states).norm() / states.norm().clamp_min(1e-30)))
         except (EdgegtError, TypeError, ValueError, AttributeError, LookupError) as problem:
             raise NotKept(
                 f"{type(self.model.module).__name__} does not run without its lowest layers ({problem})"
@@ -200,20 +259,10 @@ class FrozenPrefix:
             raise NotKept(
                 f"{type(self.model.module).__name__} differs by {error:.1e} when its lowest layers are replaced"
             )
-        self._verified.add(boundary)
-
-    def _computed(self, skipper: Skipper, rows: tuple[int, ...], micro_batch: int) -> Tensor:
-        """The states of these rows one after another, float32 [tokens, width] on the CPU."""
         assert self.rows is not None
-        batch, found = collate([self.examples[row] for row in rows], self.pad_id), []
-        for part in split_micro(batch, micro_batch):
-            states = skipper.capture(part, self.model.device)
-            if states.shape[-1] != self.rows.width:
-                raise NotKept(
-                    f"its hidden states have {states.shape[-1]} numbers, and its head reads {self.rows.width}"
-                )
-            found.append(states.cpu()[part.attention_mask.bool()])
-        return torch.cat(found)
+        if states.shape[-1] != self.rows.width:
+            raise NotKept(f"its hidden states have {states.shape[-1]} numbers, and its head reads {self.rows.width}")
+        self._verified.add(boundary)
 
     def _states(self, ids: Tensor, mask: Tensor, compute: Callable[[list[int]], Tensor]) -> Tensor:
         """The states of a batch: of kept rows from the disk, of others computed."""
@@ -245,3 +294,21 @@ class FrozenPrefix:
     def _named(self, identity: str, row: int) -> tuple[str, int]:
         inputs = self.examples[row].inputs
         return key_of(identity, inputs), len(inputs)
+
+
+class _Piece:
+    """A micro-batch on its way through the layers. states: where it is, [rows, tokens, width] on the CPU."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.states = batch, torch.empty(0)
+
+    def pass_through(self, skipper: Skipper, below: Skipper | None, device: torch.device) -> None:
+        """Go on to where `skipper` ends, from where `below` ends or from the start."""
+        states = self.states.to(device)
+        given = below.skipping(lambda ids, mask, compute: states) if below else nullcontext()
+        with given:
+            self.states = skipper.capture(self.batch, device).cpu()
+
+    def of_tokens(self) -> Tensor:
+        """float32 [tokens, width], one row after another."""
+        return self.states[self.batch.attention_mask.bool()]

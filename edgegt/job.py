@@ -6,10 +6,11 @@ and nothing is written to the run folder yet.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -315,3 +316,25 @@ def model_name(options: RunOptions) -> str:
     if options.data is None:
         raise InputError("--model without --data: give --data too, a JSONL, JSON, CSV or text file")
     return options.model
+
+
+def data_digests(options: RunOptions) -> dict[str, str]:
+    """SHA-256 of the user's files, by option; of files that are there, and of a data folder's together."""
+    found = {}
+    for name in ("data", "eval_data", "device"):
+        path = getattr(options, name)
+        if path is None or (name == "device" and not path.endswith(".toml")):
+            continue
+        files = data_files(Path(path)).all if name == "data" else (Path(path),)
+        if all(file.is_file() for file in files):
+            found[name] = _digest(files)
+    return found
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()

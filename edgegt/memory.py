@@ -7,7 +7,8 @@ where what the layers above it kept is gone. All three are planned.
     floor        interpreter, libraries, tokenised data: what the process holds before the model
     libraries    code, kernels and threads loaded on first use, after the floor was measured; and, with accumulation,
                  what the heap keeps between micro-batches
-    base         the int8 model with its scales, norms and biases (counted whole: mapped pages become resident)
+    base         the int8 model with its scales, norms and biases (mapped pages become resident: counted whole, or,
+                 where it is streamed, without the layers below the boundary but the largest of them)
     masters      float masters of the trained tensors
     planes       their two int8 planes, from which their products are computed
     optimizer    AdamW states
@@ -64,11 +65,13 @@ class Surroundings:
     """What holds whatever is selected: the floor, and tensors trained in earlier rounds.
 
     copy_bytes: of a frozen weight that a kernel copies while its gradient to the input is formed (CUDA; else 0).
+    streamed: of the layers below this one, one at a time is in memory.
     """
 
     floor_bytes: int
     demoted: tuple[str, ...] = ()
     copy_bytes: int = 0
+    streamed: int = 0
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,7 @@ def _fixed_terms(table: CostTable, around: Surroundings, setting: Setting) -> di
     return {
         "floor": around.floor_bytes,
         "libraries": library_bytes(setting.accumulate),
-        "base": table.base_bytes,
+        "base": table.resident_bytes(around.streamed),
         "logits": logits if logits >= transient else 0,
         "transient": transient if transient > logits else 0,
     }

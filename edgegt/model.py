@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from edgegt.architecture import (
+    all_layers,
     auto_class,
     block_in,
     has_own_head,
@@ -44,6 +45,7 @@ from edgegt.pieces import pieces_of
 from edgegt.quant import Backend, InputCache, Int8Embedding, Int8Experts, Int8Linear, Int8Weight, dequantize
 from edgegt.source import Source, fingerprint
 from edgegt.store import BaseStore, Entry, base_store
+from edgegt.stream import BaseStream, absent, frozen_weight
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Int8Model:
 
     The head and stacked experts are among the linears, the routers of experts among the vectors. head: the name of a
     language model's head, empty of a classifier. fresh: weights that the files lack, float and always trained.
+    stream: what brings the layers into memory and lets go of them, where they are not all there.
     """
 
     module: Any
@@ -68,12 +71,18 @@ class Int8Model:
     notes: list[str] = field(default_factory=list)
     _entries: dict[str, Entry] = field(default_factory=dict)
     fresh: dict[str, nn.Parameter] = field(default_factory=dict)
+    stream: BaseStream | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The classes that it tells apart, none of a language model."""
         head = head_of(self.module.config)
         return head.labels if head else ()
+
+    @property
+    def spared_bytes(self) -> int:
+        """Bytes of the base that were never in memory together with the rest; 0 where it is not streamed."""
+        return self.stream.spared_bytes if self.stream else 0
 
     def float_parameter(self, name: str) -> nn.Parameter:
         """A vector, or a weight that the files lack. Raises: KeyError for any other name."""
@@ -97,7 +106,7 @@ class Int8Model:
             line = f"the float weights of {name} could not be read ({error}): its master starts from int8"
             if line not in self.notes:
                 self.notes.append(line)
-            weight = self.linears[name].weight
+            weight = frozen_weight(self.store, entry.name, self.device)
             if rows is None:
                 return dequantize(weight)
             return dequantize(Int8Weight(weight.q[rows], weight.scale[rows]))
@@ -112,12 +121,13 @@ class Int8Model:
         elif self.tied and name == self.head:
             self.linears[name].restore(self.module.get_input_embeddings().weight)
         else:
-            q, scale = (self.store.tensor(f"{name}.{part}").to(self.device) for part in ("q", "scale"))
-            self.linears[name].restore(Int8Weight(q, scale))
+            self.linears[name].restore(frozen_weight(self.store, name, self.device))
 
 
-def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device: torch.device) -> Int8Model:
-    """The model in int8 on `device`, quantised into the cache on first use.
+def load_int8(
+    config: Any, source: Source, cache: Path, backend: Backend, device: torch.device, streams: bool = False
+) -> Int8Model:
+    """The model in int8 on `device`, quantised into the cache on first use. streams: with one layer there at a time.
 
     Raises: InputError when the files lack a tensor that the architecture needs.
     """
@@ -129,7 +139,7 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
     identity = fingerprint(source, cache / "fingerprints.json")
     store = base_store(source, identity, entries, cache)
     meter, inputs = FlopMeter(), InputCache()
-    linears = _fill(model, store, entries, backend, inputs, meter, device)
+    linears = _fill(model, store, entries, backend, inputs, meter, device, streams)
     if tied:
         shared, bias = model.get_input_embeddings().weight, model.get_output_embeddings().bias
         linears[head] = Int8Linear(shared, bias, name=head, backend=backend, inputs=inputs, meter=meter)
@@ -146,13 +156,25 @@ def load_int8(config: Any, source: Source, cache: Path, backend: Backend, device
     if backend.kernels is not None:
         use_causal(model, backend.kernels)
     attach(model, meter)
+    stream = _stream(model, linears, entries, store, device) if streams else None
     if head:
         verify_head(model, linears[head], device)
     by_name = {entry.name: entry for entry in entries}
     if tied:
         by_name[head] = by_name[embedding]
     handles = model, linears, vectors, head, tied, meter, source, store, identity, device, inputs
-    return Int8Model(*handles, [], by_name, fresh)
+    return Int8Model(*handles, [], by_name, fresh, stream)
+
+
+def _stream(
+    model: Any, linears: dict[str, Int8Linear], entries: list[Entry], store: BaseStore, device: torch.device
+) -> BaseStream:
+    layers = all_layers(model)
+    members: list[dict[str, Int8Linear]] = [{} for _ in layers]
+    for entry in entries:
+        if 0 <= entry.block < len(layers) and entry.name in linears:
+            members[entry.block][entry.name] = linears[entry.name]
+    return BaseStream(layers, members, store, device)
 
 
 def head_is_apart(config: Any, source: Source) -> bool:
@@ -275,9 +297,10 @@ def _stored_as(model: Any, source: Source) -> dict[str, tuple[str, ...]]:
 
 def _fill(
     model: Any, store: BaseStore, entries: list[Entry], backend: Backend, inputs: InputCache, meter: FlopMeter,
-    device: torch.device,
+    device: torch.device, streams: bool,
 ) -> dict[str, Int8Linear]:  # fmt: skip
     linears: dict[str, Int8Linear] = {}
+    layers = range(len(all_layers(model)))
     lookups = [(path, module) for path, module in model.named_modules() if is_lookup(module)]
     for entry in entries:
         if not entry.int8:
@@ -289,8 +312,9 @@ def _fill(
             continue
         place, _, short = entry.name.rpartition(".")
         module = model.get_submodule(place)
-        q, scale = (store.tensor(f"{entry.name}.{part}").to(device) for part in ("q", "scale"))
-        weight = Int8Weight(q, scale)
+        away = streams and entry.block in layers and not is_lookup(module)
+        weight = frozen_weight(store, entry.name, torch.device("cpu") if away else device)
+        weight = absent(weight) if away else weight
         if is_linear(module):
             linear = Int8Linear(weight, module.bias, name=entry.name, backend=backend, inputs=inputs, meter=meter)
             linears[entry.name] = linear

@@ -80,7 +80,7 @@ class RunOptions:
     cache: str = _option(
         "auto",
         "keep on disk, once per row, what the frozen layers below the lowest trained one give: where it saves FLOPs "
-        "(auto), always (on), or never (off)",
+        "or memory (auto), always (on), or never (off)",
         choices=MODES,
     )
     tensorboard: bool = _option(False, "write the curves for TensorBoard too, into the run folder's tensorboard/")

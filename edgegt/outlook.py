@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from edgegt.architecture import decoder_start, is_classifier, outputs_of, positions_of
@@ -21,9 +22,10 @@ from edgegt.budget import (
     plan_probes,
     probe_seconds,
     smallest_bytes,
+    within_memory,
 )
 from edgegt.cost import BatchShape, CostTable
-from edgegt.data import Example
+from edgegt.data import Example, Row
 from edgegt.device import Resolved
 from edgegt.errors import BudgetError, InputError
 from edgegt.job import (
@@ -137,8 +139,17 @@ def batches_of(options: RunOptions, model: str, config: Any) -> Batches:
     used = DEFAULT_HEAD_ROWS
     if 3 * used < vocabulary_of(config):
         words += f"; {used} different tokens"
-    empty = tuple((0.0, ()) for _ in range(steps))
-    return Batches(Schedule(empty, (shape,) * steps, (steps,)), words, used)
+    return _stated(options, steps, shape, words, used)
+
+
+def _stated(options: RunOptions, steps: int, shape: BatchShape, words: str, used: int) -> Batches:
+    """Batches of one shape, of rows that come twice, which counts where hidden states are kept."""
+    words += "" if options.cache == "off" else "; each row twice"
+    epoch, size = -(-steps // 2), shape.rows
+    firsts = [(step // epoch, step % epoch * size) for step in range(steps)]
+    batches = tuple((float(number), tuple(range(first, first + size))) for number, first in firsts)
+    train = tuple(Example((row,) * shape.tokens, (row,), Row("", "", row + 1)) for row in range(epoch * size))
+    return Batches(Schedule(batches, (shape,) * steps, (steps,)), words, used, train)
 
 
 def classified_batches(options: RunOptions, model: str, config: Any) -> tuple[Any, Batches]:
@@ -161,10 +172,7 @@ def classified_batches(options: RunOptions, model: str, config: Any) -> tuple[An
     tokens, labels = min(DEFAULT_TOKENS, options.max_length), known_labels(config) or ("0", "1")
     shape, steps = BatchShape(options.batch_size, tokens, 1), options.steps or DEFAULT_STEPS
     words = f"default: {steps} steps of {shape.rows} rows x {tokens} tokens, {len(labels)} classes"
-    empty = tuple((0.0, ()) for _ in range(steps))
-    return as_classifier(config, labels, options.seed, stored), Batches(
-        Schedule(empty, (shape,) * steps, (steps,)), words, 0
-    )
+    return as_classifier(config, labels, options.seed, stored), _stated(options, steps, shape, words, 0)
 
 
 def vocabulary_of(config: Any) -> int:
@@ -189,10 +197,10 @@ def prospect_of(
     heads = (None,) if is_classifier(config) else head_forms(batches.used_tokens, vocabulary)
     copied = table.largest_weight if profile.kind in ON_GPU else 0
     need = Need(table, FLOOR_BYTES, vocabulary, longest, head_rows=heads, rates=rates, copy_bytes=copied)
-    if options.cache != "off":
-        limit, bytes_per_s = 0 if table.encoder_decoder else profile.cache_bytes, profile.storage_bytes_per_s
-        rows = rows_to_keep(options, batches.train, schedule, table.width, limit, bytes_per_s)
-        need = replace(need, rows=rows)
+    limit, bytes_per_s = 0 if table.encoder_decoder else profile.cache_bytes, profile.storage_bytes_per_s
+    keepable = partial(rows_to_keep, options, batches.train, schedule, table.width, limit, bytes_per_s)
+    need = replace(need, rows=keepable() if options.cache != "off" else None, spare=keepable)
+    need = within_memory(options, need, schedule, memory_bytes)
     rho, seconds = options.rho or profile.rho, options.seconds_of(profile)
     full = table.full_work().total(schedule.shapes)
     probes = Probes(0, 0)
@@ -224,6 +232,7 @@ def prospect_of(
         "lowest_layer": None, "head": False, "predicted": {},
         "micro_batch": None, "accumulation": None, "recompute": [], "formats": None,
         "head_rows": None, "memory": {}, "optimality_gap": None, "notes": [], "boundary": 0, "cache": {},
+        "streamed": False,
     }  # fmt: skip
     if chosen is not None:
         outlook |= _chosen(chosen, problem)
@@ -244,7 +253,7 @@ def _chosen(chosen: Plan, problem: Problem) -> dict[str, Any]:
         "head": any(weight.kind == "head" for weight in trained),
         "recompute": list(chosen.recompute), "formats": asdict(chosen.formats), "head_rows": rows,
         "memory": chosen.memory, "notes": list(chosen.notes), "optimality_gap": chosen.optimality_gap,
-        "boundary": chosen.boundary, "cache": chosen.cached,
+        "boundary": chosen.boundary, "cache": chosen.cached, "streamed": problem.streams,
     }  # fmt: skip
 
 
@@ -308,6 +317,8 @@ def _choice_lines(outlook: dict[str, Any]) -> list[str]:
     batch = f"micro-batch {outlook['micro_batch']}"
     batch += f", {outlook['accumulation']} accumulated" if outlook["accumulation"] > 1 else ""
     kept = f"{len(again)} of {layers} layers recomputed ({_ranges(again)})" if again else "no layer recomputed"
+    if outlook["streamed"]:
+        kept += f"; the base streamed, {format_bytes(outlook['memory']['base'])} of it in memory"
     if outlook["boundary"]:
         kept += f"; what the lowest {outlook['boundary']} give is kept: {format_bytes(outlook['cache']['bytes'])}"
     gap = outlook["optimality_gap"]

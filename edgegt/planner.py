@@ -17,7 +17,7 @@ from edgegt.baselines import last_layers, published, random_layers, random_order
 from edgegt.case import Case, bits
 from edgegt.errors import BudgetError, EdgegtError, InputError, nearest
 from edgegt.memory import LIBRARY_BYTES, Formats
-from edgegt.problem import FORMATS, Problem, Way, cached_facts, case_of
+from edgegt.problem import FORMATS, Problem, Way, cached_facts, case_of, given_up
 from edgegt.solver import EXACT_BELOW, RELATIVE_GAP, Choice, joint, relaxed_bound
 from edgegt.units import GIB, MIB, format_duration
 
@@ -121,6 +121,8 @@ def smallest(problem: Problem) -> Smallest:
     """
     plain, *others = (_smallest(_Cases(problem.at(boundary))) for boundary in problem.boundaries)
     for other in others:
+        if problem.streams and other.memory_bytes < plain.memory_bytes:
+            plain = replace(plain, memory_bytes=other.memory_bytes, memory_weight=other.memory_weight)
         if other.rho_flops < plain.rho_flops:
             plain = replace(plain, rho_flops=other.rho_flops, flops_weight=other.flops_weight)
         plain = replace(plain, seconds=min(plain.seconds, other.seconds))
@@ -157,7 +159,8 @@ def _lowered(problem: Problem, boundary: int, way: Way, choice: Choice) -> int:
     if problem.seconds is not None:
         return boundary
     lowest = min(problem.table.weights[bit].block for bit in bits(choice.mask))
-    allowed = [b for b in problem.boundaries if b <= lowest and (b or not boundary)]
+    least = boundary if problem.streams else min(boundary, 1)  # below it more of a streamed base is in memory
+    allowed = [b for b in problem.boundaries if least <= b <= lowest]
     return max(allowed, key=lambda b: (problem.at(b).saved_flops, b))
 
 
@@ -348,7 +351,7 @@ def _ratio_covering(flops: int, full: int) -> float:
 
 
 def _memory_message(problem: Problem, least: Smallest) -> str:
-    model = problem.around.floor_bytes + LIBRARY_BYTES + problem.table.base_bytes
+    model = problem.around.floor_bytes + LIBRARY_BYTES + problem.at(max(problem.boundaries)).base_bytes
     needed = _rounded(least.memory_bytes, math.ceil)
     longest = max(shape.tokens for shape in problem.shapes)
     shorter = f"lower --max-length (rows have up to {longest} tokens)"
@@ -376,13 +379,7 @@ def _checked(problem: Problem, strategy: str, way: Way, choice: Choice) -> Plan:
             f"the {strategy} plan costs {flops} FLOPs of {problem.flops}, {peak_bytes} bytes of {problem.memory_bytes} "
             f"and {seconds} s of {problem.seconds}: this is a fault of the planner; please report it with costs.json"
         )
-    notes = list(choice.notes)
-    if way.micro_batch < problem.batch_size:
-        notes.append(f"micro-batches of {way.micro_batch} rows instead of {problem.batch_size}, to fit into memory")
-    if choice.recompute:
-        notes.append(f"{len(choice.recompute)} layers are recomputed in backward, to fit into memory")
-    if way.formats.master != "float32":
-        notes.append(f"masters are {way.formats.master} with stochastic rounding, to fit into memory")
+    notes = [*choice.notes, *given_up(problem, way, choice.recompute)]
     return Plan(
         strategy=strategy, selected=selected, recompute=choice.recompute, micro_batch=way.micro_batch,
         accumulation=-(-problem.batch_size // way.micro_batch), formats=way.formats, head_rows=way.head_rows,

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from edgegt.cost import BatchShape, Totals
+from edgegt.cost import BatchShape, CostTable, Totals
 
 MODES = ("auto", "on", "off")
 # Bytes of one number and of one token's scale, and what a file has around them: its header, per batch and per file.
@@ -48,7 +48,8 @@ class Footing:
     """What kept states do for the batches that are left. skipped: visits of kept rows, in the shapes of their batches.
 
     fill: the batches that make them, nothing where they are there already. read_bytes: from the disk, over all visits;
-    rows, nbytes: what is kept; first: the step from which on rows were counted for it.
+    rows, nbytes: what is kept; first: the step from which on rows were counted for it. misses: steps with rows that
+    are not kept.
     """
 
     skipped: Totals
@@ -57,6 +58,7 @@ class Footing:
     rows: int
     nbytes: int
     first: int
+    misses: int = 0
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Footing:
@@ -94,6 +96,14 @@ class Caching:
     def footing(self, boundary: int) -> Footing:
         """What keeping the states below this boundary does."""
         return self.kept if self.kept is not None and boundary == self.boundary else self.fresh
+
+
+def fill_group_bytes(table: CostTable, boundary: int) -> int:
+    """Bytes of float32 states that go through a streamed base together, a layer at a time: each group reads it once.
+
+    While states are made, what the layers from the boundary upwards take in training is free: so much, and one file.
+    """
+    return max(2 * FILE_BYTES, sum(table.layer_bytes_int8[boundary:]))
 
 
 class Rows:
@@ -156,16 +166,18 @@ class Rows:
     def footing(self, start: int, end: int | None = None, first: int | None = None) -> Footing:
         """Keeping rows for the steps from `start` to `end`. first: they are on the disk, counted from this step on."""
         layout = self.layout(start if first is None else first)
-        kept, skipped, read = layout.rows, [], 0
+        kept, skipped, read, misses = layout.rows, [], 0, 0
         for (_, rows), shape in zip(self.batches[start:end], self.shapes[start:end], strict=True):
             hits = [self.same[row] for row in rows if self.same[row] in kept]
+            misses += len(hits) < len(rows)
             if hits:
                 skipped.append(BatchShape(len(hits), shape.tokens, shape.kept))
                 read += sum(map(self._bytes, hits))
         fill = [self.shape(batch) for file in layout.files for batch in file] if first is None else []
         return Footing(
-            Totals.of(skipped), Totals.of(fill), read, len(kept), layout.nbytes, start if first is None else first
-        )
+            Totals.of(skipped), Totals.of(fill), read, len(kept), layout.nbytes, start if first is None else first,
+            misses,
+        )  # fmt: skip
 
     def caching(self, start: int, end: int | None = None, kept: tuple[int, int] | None = None) -> Caching | None:
         """What could be kept for these steps; None for no row. kept: boundary and first step of what is there."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -14,12 +13,21 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgegt.architecture import decoder_start, outputs_of, positions_of
-from edgegt.budget import Need, Probes, check_memory, check_time, flops_budget, plan_probes, rows_that_fit
+from edgegt.budget import (
+    Need,
+    Probes,
+    check_memory,
+    check_time,
+    flops_budget,
+    plan_probes,
+    rows_that_fit,
+    within_memory,
+)
 from edgegt.cache import cache_dir
 from edgegt.checkpoint import Checkpoints
 from edgegt.classifier import as_classifier, check_writes, classifier_positions, fresh_line, fresh_numel, reading_of
 from edgegt.cost import CostTable
-from edgegt.data import Reading, data_files
+from edgegt.data import Reading
 from edgegt.device import Resolved
 from edgegt.disk import DiskError
 from edgegt.errors import InputError
@@ -27,6 +35,7 @@ from edgegt.host import Host, usable_cores
 from edgegt.job import (
     Corpus,
     Schedule,
+    data_digests,
     head_forms,
     make_schedule,
     memory_budget,
@@ -60,7 +69,7 @@ Reader = Callable[[RunOptions, Any, int | None, Reading | None], Corpus]
 class Decisions:
     """What depends on a clock or on free memory, or must not change: decided once, before the first step.
 
-    data: SHA-256 of each data file. cache_bytes: that hidden states may take on the disk.
+    data: SHA-256 of each data file. cache_bytes: that hidden states may take on the disk. streams: see `Need`.
     """
 
     version: str
@@ -75,6 +84,7 @@ class Decisions:
     seconds: float | None
     data: dict[str, str]
     cache_bytes: int = 0
+    streams: bool = False
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Decisions:
@@ -211,6 +221,9 @@ def prepare(
     if less:
         log.fallback(less)
     watch.hold(memory_bytes)
+    need = replace(need, streams=decided.streams) if decided else within_memory(options, need, schedule, memory_bytes)
+    if need.streams and device.type == "cuda":
+        log.fallback("the int8 base is streamed to a GPU, which has not been measured yet: its peak may be another")
     rho = 1.0 if options.strategy == "full" else options.rho or resolved.profile.rho
     seconds = options.seconds_of(resolved.profile)
     if decided is not None:
@@ -224,7 +237,7 @@ def prepare(
         check_memory(memory_bytes, options, need, schedule)
     decisions = decided or Decisions(
         __version__, kernels.backend.name, torch_threads(), eight_bit, asdict(rates),
-        need.floor_bytes, need.prepared_bytes, memory_bytes, rho, seconds, digests, cache_bytes,
+        need.floor_bytes, need.prepared_bytes, memory_bytes, rho, seconds, digests, cache_bytes, need.streams,
     )  # fmt: skip
     setup = Setup(
         options=options, resolved=resolved, host=host, source=source, config=config, tokenizer=tokenizer,
@@ -236,28 +249,6 @@ def prepare(
     if options.strategy != "full" and decided is None:
         check_time(setup.seconds, time.perf_counter() - started, options, need, schedule, probes)
     return setup
-
-
-def data_digests(options: RunOptions) -> dict[str, str]:
-    """SHA-256 of the user's files, by option; of files that are there, and of a data folder's together."""
-    found = {}
-    for name in ("data", "eval_data", "device"):
-        path = getattr(options, name)
-        if path is None or (name == "device" and not path.endswith(".toml")):
-            continue
-        files = data_files(Path(path)).all if name == "data" else (Path(path),)
-        if all(file.is_file() for file in files):
-            found[name] = _digest(files)
-    return found
-
-
-def _digest(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
-    return digest.hexdigest()
 
 
 def _check_unchanged(decided: Decisions, digests: dict[str, str], log: Log) -> None:

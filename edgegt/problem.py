@@ -29,8 +29,9 @@ from edgegt.memory import (
     slack_bytes,
     state_bytes,
 )
-from edgegt.prefix import Caching, Footing
+from edgegt.prefix import Caching, Footing, fill_group_bytes
 from edgegt.rates import Rates
+from edgegt.units import format_bytes
 
 FORMATS = (Formats("float32", "float32"), Formats("float32", "8-bit"), Formats("bfloat16", "8-bit"))
 FORMAT_WORTH = {"float32": 1.0, "bfloat16": 0.99}
@@ -64,6 +65,7 @@ class Problem:
     memory_bytes: peak of the whole process. batch_size: rows of an optimizer step. formats, head_rows: the choices
     that are allowed, the preferred first; head_rows are numbers of rows of the head, None for all of them.
     caching: what hidden states could be kept, below any boundary; boundary: below which layer they are, 0 for none.
+    streams: whether the base's layers below it are in memory one at a time.
     """
 
     table: CostTable
@@ -80,6 +82,7 @@ class Problem:
     rates: Rates | None = None
     caching: Caching | None = None
     boundary: int = 0
+    streams: bool = False
 
     def __post_init__(self) -> None:
         if not self.shapes:
@@ -106,20 +109,21 @@ class Problem:
 
     def at(self, boundary: int) -> Problem:
         """The same problem with states kept below another boundary."""
-        other = replace(self, boundary=boundary)
+        around = replace(self.around, streamed=boundary if self.streams else 0)
+        other = replace(self, boundary=boundary, around=around)
         shared = ("totals", "full_flops", "_tables", "_settings")
         other.__dict__.update({name: getattr(self, name) for name in shared})
         return other
 
     @property
     def boundaries(self) -> list[int]:
-        """The boundaries to choose from, 0 for none: those that save FLOPs, or all where a cache is wanted."""
+        """The boundaries to choose from, 0 for none: those that save FLOPs; all where a cache is wanted or needed."""
         caching = self.caching
         if caching is None:
             return [0]
         valued = [weight.block for weight in self.table.weights if self.values.get(weight.name, 0.0) > 0]
         useful = [b for b in range(1, max(valued, default=0) + 1) if b >= min(valued) or b == caching.boundary]
-        return [0, *(b for b in useful if caching.wanted or self.at(b).saved_flops > 0)]
+        return [0, *(b for b in useful if caching.wanted or self.streams or self.at(b).saved_flops > 0)]
 
     @cached_property
     def fill_flops(self) -> int:
@@ -141,9 +145,23 @@ class Problem:
         saved, made = (
             self.rates.skipped_s(self.table, self.boundary, totals) for totals in (footing.skipped, footing.fill)
         )
-        moved = footing.read_bytes + (footing.nbytes if footing.fill.row else 0)
+        moved = footing.read_bytes + (footing.nbytes if footing.fill.row else 0) + self.streamed_bytes
         whole = self.rates.fixed_s(self.table, self.totals, self.steps, count)
         return min(saved + self.saved_dispatch_s(way) - made - moved / self.caching.bytes_per_s, whole)
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the base that are in memory in training."""
+        return self.table.resident_bytes(self.around.streamed)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of the base that are read again as they were let go: to make states, and for rows that are not kept."""
+        if not self.streams or self.footing is None:
+            return 0
+        states = 4 * self.table.width * self.footing.fill.token
+        passes = -(-states // fill_group_bytes(self.table, self.boundary)) + self.footing.misses
+        return passes * sum(self.table.layer_bytes_int8[: self.boundary])
 
     def saved_dispatch_s(self, way: Way) -> float:
         """The part of `saved_s` that is dispatch."""
@@ -315,7 +333,7 @@ class _Builder:
     def _left(self) -> Costs:
         problem, table = self.problem, self.table
         resting = set(problem.around.demoted)
-        room = problem.memory_bytes - problem.around.floor_bytes - table.base_bytes
+        room = problem.memory_bytes - problem.around.floor_bytes - problem.base_bytes
         room -= library_bytes(self.setting.accumulate)
         room -= always_bytes(table, self.setting.accumulate, self.setting.formats)
         room = _without_slack(room) - sum(plane_bytes(weight) for weight in table.weights if weight.name in resting)
@@ -340,9 +358,23 @@ def cached_facts(problem: Problem) -> dict[str, Any]:
         "boundary": problem.boundary, "kept": problem.caching.boundary, "rows": footing.rows if problem.boundary else 0,
         "bytes": footing.nbytes if problem.boundary else 0, "read_bytes": footing.read_bytes if problem.boundary else 0,
         "fill_flops": problem.fill_flops, "saved_flops": problem.saved_flops,
+        "streamed_bytes": problem.streamed_bytes,
         "boundaries": [{"boundary": one.boundary, "fill_flops": one.fill_flops, "saved_flops": one.saved_flops}
                        for one in every],
     }  # fmt: skip
+
+
+def given_up(problem: Problem, way: Way, recompute: tuple[int, ...]) -> list[str]:
+    """What a plan does only to fit into memory, a line each."""
+    stays, whole = format_bytes(problem.base_bytes), format_bytes(problem.table.base_bytes)
+    size = problem.batch_size
+    lines = {
+        f"micro-batches of {way.micro_batch} rows instead of {size}": way.micro_batch < size,
+        f"{len(recompute)} layers are recomputed in backward": bool(recompute),
+        f"masters are {way.formats.master} with stochastic rounding": way.formats.master != "float32",
+        f"the int8 base is streamed ({stays} of its {whole} stay in memory)": problem.streams,
+    }
+    return [f"{line}, to fit into memory" for line, there in lines.items() if there]
 
 
 def unlimited(problem: Problem) -> Problem:

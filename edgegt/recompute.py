@@ -13,13 +13,16 @@ from torch.utils.checkpoint import checkpoint
 def recomputed(layers: Sequence[Any], indices: Sequence[int]) -> Iterator[None]:
     """Recompute these of the model's layers for a while; random state is not kept, since nothing is drawn."""
     chosen = [layers[index] for index in indices]
+    before = [layer.__dict__.get("forward") for layer in chosen]
     try:
         for layer in chosen:
             layer.forward = _again(layer.forward)
         yield
     finally:
-        for layer in chosen:
+        for layer, own in zip(chosen, before, strict=True):
             layer.__dict__.pop("forward", None)
+            if own is not None:
+                layer.forward = own
 
 
 def _again(forward: Any) -> Any:

@@ -223,7 +223,7 @@ class Rounds:
                         "vocabulary": problem.vocabulary, "floor_bytes": problem.around.floor_bytes,
                         "demoted": list(problem.around.demoted), "head_rows": list(problem.head_rows),
                         "formats": [asdict(formats) for formats in problem.formats],
-                        "caching": problem.caching.to_json() if problem.caching else None},
+                        "caching": problem.caching.to_json() if problem.caching else None, "streams": problem.streams},
             "candidates": [{"name": w.name, "kind": w.kind, "block": w.block, "numel": w.numel,
                             "importance": values.get(w.name, 0.0), "selected": w.name in names}
                            for w in table.weights],

@@ -80,6 +80,11 @@ class BaseStore:
             remedy = "`edgegt cache clear`, and it is made again"
             raise InputError(f"the int8 base '{self.directory / file}' is damaged ({error}): {remedy}") from error
 
+    def release(self, keys: Iterable[str]) -> None:
+        """Take the files of these tensors out of memory, as soon as nobody holds a tensor of them either."""
+        for file in {self.files[key] for key in keys}:
+            self._handles.pop(file, None)
+
 
 def base_store(source: Source, identity: str, entries: Iterable[Entry], cache: Path) -> BaseStore:
     """The store of this model, made now if the cache does not have it. Raises: InputError when it cannot be written."""

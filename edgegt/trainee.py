@@ -43,7 +43,8 @@ class Int8Trainee:
 
     def __init__(self, setup: Setup, log: Log, keeper: Keeper) -> None:
         self.setup, self.log, self.keeper = setup, log, keeper
-        self.model = load_int8(setup.config, setup.source, cache_dir(), setup.kernels.backend, setup.device)
+        kernels, streams = setup.kernels.backend, setup.need.streams
+        self.model = load_int8(setup.config, setup.source, cache_dir(), kernels, setup.device, streams)
         self.module, self.meter, self.fingerprint = self.model.module, self.model.meter, self.model.fingerprint
         self.backend = setup.kernels.backend.name
         optimizer = AdamW(
@@ -163,7 +164,7 @@ class Int8Trainee:
     def _end_round(self) -> None:
         assert self.chosen is not None
         if self.chosen.peak_bytes == self.predicted.peak or not self.predicted.measured_terms:
-            more = {"base": self._base_bytes, "activations": self.progress.kept_bytes}
+            more = {"base": self._base_bytes - self.model.spared_bytes, "activations": self.progress.kept_bytes}
             self.predicted.measured_terms = held_terms(self.trainables) | more
         self.first += self.rounds.lengths[self.index]
         self.index += 1

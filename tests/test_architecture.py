@@ -28,7 +28,7 @@ LAYERS = {
     "parts of a run": "train signals recompute skipping hidden evaluate keeper checkpoint selection importance patch"
     " speed budget job pretrained merge decoding engine sampling detokenize",
     "model and data": "model pieces trace graph architecture classifier attention experts fused head loss optimizer"
-    " flops store source data quant native",
+    " flops store stream source data quant native",
     "surroundings": "folder log guard watch pacing sensors home process tensorboard",
     "without torch": "calibrated prefix chunks options device profile host cost rates memory case solver"
     " baselines problem planner value explain frontier metrics",

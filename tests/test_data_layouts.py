@@ -16,9 +16,8 @@ from edgegt.data.read import parse_columns, read_parts, read_rows
 from edgegt.data.rows import Row, Turn
 from edgegt.errors import InputError
 from edgegt.evaluate import exact_match
-from edgegt.job import read_corpus, read_sources
+from edgegt.job import data_digests, read_corpus, read_sources
 from edgegt.options import RunOptions
-from edgegt.prepare import data_digests
 from letters import Letters
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,40 @@ def test_few_rows_of_the_head_are_trained_where_the_whole_does_not_fit(tmp_path:
     outlook = _look(model, memory=f"{enough}MiB")
     assert outlook["head_rows"] == DEFAULT_HEAD_ROWS and "8192 rows of the head" in outlook_text(outlook)
     assert outlook["trained_parameters"] < outlook["model"]["parameters"]
+
+
+def test_a_base_that_does_not_fit_is_streamed_where_hidden_states_are_kept(tmp_path: Path) -> None:
+    wide = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 5, "num_attention_heads": 4}
+    LlamaConfig(**wide, vocab_size=1000).save_pretrained(tmp_path / "wide")
+    model = str(tmp_path / "wide")
+    whole = _look(model, cache="auto")
+    least = _look(model)["smallest_bytes"]
+    assert whole["fits"] and not whole["streamed"] and "streamed" not in outlook_text(whole)
+    assert "; each row twice" in whole["batch"]
+    memory = f"{least // MIB - 10}MiB"
+    refused = _look(model, memory=memory)["refusal"]
+    found = re.search(r"; with --cache auto (\d+)MiB would do$", refused)
+    assert found is not None and int(found[1]) * MIB < least
+    for enough in (memory, f"{found[1]}MiB"):
+        outlook = _look(model, memory=enough, cache="auto")
+        assert outlook["fits"] and outlook["streamed"] and outlook["boundary"] > 0
+        assert outlook["memory"]["base"] < outlook["model"]["base_bytes"] - 9 * MIB
+        assert outlook["predicted"]["peak_bytes"]["expected"] <= outlook["budget"]["memory_bytes"]
+        assert "; the base streamed, " in outlook_text(outlook)
+        assert any("the int8 base is streamed (" in note for note in outlook["notes"])
+    less = _look(model, memory=f"{int(found[1]) - 1}MiB", cache="auto")
+    assert not less["fits"] and f"the smallest budget that would do is {found[1]} MiB" in less["refusal"]
+    assert "for what stays of the streamed int8 model" in less["refusal"]
+
+
+@pytest.mark.slow
+def test_llama_2_7b_is_streamed_on_an_orin_nano(tmp_path: Path) -> None:
+    outlook = _look(_folder(tmp_path, "Llama-2-7B"), cache="auto")
+    assert outlook["fits"] and outlook["streamed"]
+    assert outlook["budget"]["memory_bytes"] == 5 * 2**30 < outlook["model"]["base_bytes"]
+    assert outlook["predicted"]["peak_bytes"]["expected"] <= 5 * 2**30
+    assert outlook["memory"]["base"] < outlook["model"]["base_bytes"] / 4
+    assert outlook["predicted"]["tokens_per_s"] > 0
 
 
 def test_no_budget_below_the_peak_of_preparation_is_promised(tmp_path: Path) -> None:

@@ -81,11 +81,13 @@ def save_classifier(folder: Path, family: str, fresh: bool) -> Any:
     return model
 
 
-def load_classifier(folder: Path, cache: Path, backend: Backend | None = None) -> Int8Model:
+def load_classifier(
+    folder: Path, cache: Path, backend: Backend | None = None, streams: bool = False
+) -> Int8Model:  # fmt: skip
     """The saved model in int8 as a classifier of LABELS."""
     source = open_source(str(folder))
     config = as_classifier(read_config(str(folder)), LABELS, 0, source.files)
-    return load_int8(config, source, cache, backend or TorchBackend(), CPU)
+    return load_int8(config, source, cache, backend or TorchBackend(), CPU, streams)
 
 
 def rows_of_ids(family: str, count: int, seed: int = 0) -> list[Example]:

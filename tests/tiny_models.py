@@ -126,9 +126,10 @@ def save_model(folder: Path, config: Any, seed: int = 0, **options: Any) -> Any:
     return model
 
 
-def load(folder: Path, cache: Path, backend: Backend | None = None) -> Int8Model:
+def load(folder: Path, cache: Path, backend: Backend | None = None, streams: bool = False) -> Int8Model:
     """The saved model in int8, with torch's own integer products unless a backend is given."""
-    return load_int8(read_config(str(folder)), open_source(str(folder)), cache, backend or TorchBackend(), CPU)
+    given = read_config(str(folder)), open_source(str(folder)), cache, backend or TorchBackend(), CPU
+    return load_int8(*given, streams)
 
 
 def examples(count: int, seed: int = 0, vocabulary: int = VOCABULARY, longest: int = 20) -> list[Example]:

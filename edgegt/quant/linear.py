@@ -200,6 +200,7 @@ class Int8Linear(nn.Module):
             self.master.grad_dtype = torch.float32
 
     def _planes(self, q: Tensor, scale: Tensor, weight: Int8Weight, kind: str) -> Tensor:
+        _check_there(weight, self.name)
         size = (q.shape[0], weight.shape[0])
         weight_scale = weight.scale.to(torch.float32)
         y = self.backend.product(q, scale, weight.q, weight_scale, weight.low)
@@ -209,6 +210,7 @@ class Int8Linear(nn.Module):
         return y
 
     def _back(self, dy: Tensor, columns: Tensor, weight: Int8Weight, kind: str, evenly: bool) -> Tensor:
+        _check_there(weight, self.name)
         q, scale = self.backend.quantize_tokens(dy, columns, evenly)
         self._count(kind, *dy.shape)
         return self.backend.product_back(q, scale, weight.q)
@@ -220,6 +222,12 @@ class Int8Linear(nn.Module):
     def _count(self, kind: str, tokens: int, rows: int) -> None:
         if self.meter is not None:
             self.meter.add(kind, 2 * tokens * rows * self.in_features)
+
+
+def _check_there(weight: Int8Weight, name: str) -> None:
+    """Raises: RuntimeError for a weight without data: kernels would read whatever lies there."""
+    if weight.q.is_meta:
+        raise RuntimeError(f"{name}: the weight is not in memory (see `stream`)")
 
 
 class _Int8Product(torch.autograd.Function):

@@ -63,6 +63,7 @@ def _problem(facts: RunFacts, table: CostTable) -> Problem:
         formats=tuple(Formats(**found) for found in recorded["formats"]),
         head_rows=tuple(recorded["head_rows"]),
         caching=Caching.from_json(recorded["caching"]) if recorded.get("caching") else None,
+        streams=recorded.get("streams", False),
     )
 
 
