@@ -15,13 +15,12 @@ from collections.abc import Mapping
 
 from edgegt.cost import CostTable
 
-
 # Of all importance, what is shared out by the number of elements; and how much towards the loss counts.
 BY_SIZE, TILT = 0.1, 2.0
 
 
 def values_of(importance: Mapping[str, float], table: CostTable) -> dict[str, float]:
-    """The value of each weight: its importance and size, four times as much next to the loss, and the head before all."""
+    """The value of each weight: its importance and size, up to four times as much towards the loss; the head before all."""
     total, numel = sum(importance.values()), sum(weight.numel for weight in table.weights if weight.kind != "head")
     by_size = BY_SIZE * total / max(1, numel)
     values = {}

@@ -71,7 +71,8 @@ def job_of(variant: Variant, seed: int, args: argparse.Namespace) -> Job:
     options: dict[str, Any] = {
         "model": args.model, "data": args.data, "columns": args.columns, "device": args.device, "strategy": STRATEGY,
         "rho": RHO, "seed": seed, "steps": steps, "lr": args.factor * 0.4 / width_of(args.model),
-        "threads": args.threads, "examples": False, "early_stopping": False, "checkpoint_every": "1000000000", **variant.options,
+        "threads": args.threads, "examples": False, "early_stopping": False,
+        "checkpoint_every": "1000000000", **variant.options,
     }  # fmt: skip
     rounds = options.pop("rounds", None)
     if rounds:  # in epochs of the rows that are trained on
