@@ -20,7 +20,7 @@ BY_SIZE, TILT = 0.1, 2.0
 
 
 def values_of(importance: Mapping[str, float], table: CostTable) -> dict[str, float]:
-    """The value of each weight: its importance and size, up to four times as much towards the loss; the head before all."""
+    """The value of each weight: its importance and size, up to fourfold towards the loss, and the head before all."""
     total, numel = sum(importance.values()), sum(weight.numel for weight in table.weights if weight.kind != "head")
     by_size = BY_SIZE * total / max(1, numel)
     values = {}
