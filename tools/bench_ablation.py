@@ -39,8 +39,8 @@ class Variant:
 
     def steps(self, full: int) -> int:
         """As many as cost what full fine-tuning's do, all rounds included."""
-        batch, rho = self.options.get("batch_size", BATCH), self.options.get("rho", RHO)
-        return int(round(full * BATCH / batch / rho))
+        rho: float = self.options.get("rho", RHO)
+        return round(full * BATCH / _batch(self) / rho)
 
 
 VARIANTS = (
