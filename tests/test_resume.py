@@ -40,7 +40,7 @@ from event_files import curves
 
 pytestmark = pytest.mark.skipif(not runs.HERE, reason="no stories260K or no E2E rows under shared/data")
 STEPS = 24
-WIDE = {"batch_size": 64, "steps": 12, "round_epochs": None}  # so wide that memory can be saved
+WIDE = {"batch_size": 64, "steps": 12, "round_epochs": None, "early_stopping": False}  # so wide that memory is saved
 QUIET = Log(quiet=True)
 
 
