@@ -118,9 +118,14 @@ class FrozenPrefix:
 
     @contextmanager
     def unused(self) -> Iterator[None]:
-        """Within `used`, have all layers run for a while, for rows that are none of the kept."""
+        """Within `used`, have all layers run for a while, for rows that are none of the kept.
+
+        Of a streamed base no layer stays then, so that it takes what evaluation is planned with.
+        """
+        stream = self.model.stream
+        passing = nullcontext() if stream is None else stream.from_layer(len(stream.linears))
         try:
-            with nullcontext() if self._skipper is None else self._skipper.running():
+            with nullcontext() if self._skipper is None else self._skipper.running(), passing:
                 yield
         finally:
             self.model.inputs.clear()

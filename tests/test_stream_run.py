@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 import runs
-from edgegt import frozen, prefix, prepare
+from edgegt import frozen, prefix, prepare, stopping
 from edgegt.budget import Need
 from edgegt.disk import read_lines
 from edgegt.errors import Interrupted
 from edgegt.hidden import HiddenStore
 from edgegt.log import Log
 from edgegt.run import resume, run
-from edgegt.stream import BaseStream
+from edgegt.stream import BaseStream, _is_there
 from test_frozen import Stopped, dying, essence, options
 
 pytestmark = pytest.mark.skipif(not runs.HERE, reason="no stories260K or no E2E rows under shared/data")
@@ -120,3 +120,37 @@ def test_states_that_were_made_before_a_signal_count_once(
         patch.setattr(HiddenStore, "write", write)
         resume(tmp_path / "run", QUIET)
     assert essence(tmp_path / "run") == essence(finished(False))
+
+
+def test_a_held_out_loss_between_epochs_has_one_layer_of_a_streamed_base_at_a_time(
+    cache: Path, rows: Path, tmp_path: Path
+) -> None:
+    losses: list[list[float]] = []
+    there: list[int] = []
+    for streams in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            surroundings(patch, cache, streams)
+            measure, load = stopping.held_out_loss, BaseStream._load
+            measuring: list[bool] = []
+
+            def measured(*given: Any, measure: Any = measure, measuring: list[bool] = measuring) -> Any:
+                measuring.append(True)
+                try:
+                    return measure(*given)
+                finally:
+                    measuring.clear()
+
+            def loaded(self: BaseStream, index: int, load: Any = load, measuring: list[bool] = measuring) -> None:
+                load(self, index)
+                if measuring:
+                    there.append(sum(any(_is_there(one) for one in members.values()) for members in self.linears))
+
+            patch.setattr(stopping, "held_out_loss", measured)
+            patch.setattr(BaseStream, "_load", loaded)
+            folder = run(options(rows, tmp_path / str(streams), rho=0.4, early_stopping=True, epochs=2.0), QUIET)
+        lines = read_lines(folder / "metrics.jsonl")
+        losses.append([line["held_out_loss"] for line in lines if "held_out_loss" in line])
+    assert len(losses[0]) == 2
+    assert losses[0] == losses[1]
+    assert there
+    assert max(there) == 1
