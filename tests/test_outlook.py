@@ -64,12 +64,12 @@ def test_a_large_shape_is_planned_without_weights(name: str, tmp_path: Path) -> 
 
 def test_what_does_not_fit_is_said_with_the_smallest_that_would(tmp_path: Path) -> None:
     model = _folder(tmp_path, "Llama-2-7B")
-    outlook = look_ahead(RunOptions(device="jetson-orin-nano-8gb", model=model), Log(quiet=True))
+    outlook = look_ahead(RunOptions(device="jetson-orin-nano-8gb", model=model, cache="off"), Log(quiet=True))
     assert not outlook["fits"] and not outlook["selected"]
     assert outlook["smallest_bytes"] > outlook["budget"]["memory_bytes"]
     assert "fits       no" in outlook_text(outlook)
     enough = f"{outlook['smallest_bytes'] // 2**20 + 1}MiB"
-    assert look_ahead(RunOptions(device="jetson", model=model, memory=enough), Log(quiet=True))["fits"]
+    assert look_ahead(RunOptions(device="jetson", model=model, memory=enough, cache="off"), Log(quiet=True))["fits"]
 
 
 @pytest.mark.slow
@@ -129,11 +129,11 @@ def test_a_base_that_does_not_fit_is_streamed_where_hidden_states_are_kept(tmp_p
     LlamaConfig(**wide, vocab_size=1000).save_pretrained(tmp_path / "wide")
     model = str(tmp_path / "wide")
     whole = _look(model, cache="auto")
-    least = _look(model)["smallest_bytes"]
+    least = _look(model, cache="off")["smallest_bytes"]
     assert whole["fits"] and not whole["streamed"] and "streamed" not in outlook_text(whole)
     assert "; each row twice" in whole["batch"]
     memory = f"{least // MIB - 10}MiB"
-    refused = _look(model, memory=memory)["refusal"]
+    refused = _look(model, memory=memory, cache="off")["refusal"]
     found = re.search(r"; with --cache auto (\d+)MiB would do$", refused)
     assert found is not None and int(found[1]) * MIB < least
     for enough in (memory, f"{found[1]}MiB"):

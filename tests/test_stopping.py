@@ -174,7 +174,7 @@ def test_tensors_that_were_demoted_since_are_put_back(
     """The best lies in the second round, beside tensors of the first; in the third others are trained."""
     scripted(monkeypatch, 5.0, 6.0, 3.0, 4.0, 3.5)
     bests, said = trained_when_best(monkeypatch), Said()
-    folder = run(options(rows, tmp_path / "run", strategy="lisa", lr=2e-3, rho=0.9, seed=3), said)
+    folder = run(options(rows, tmp_path / "run", strategy="lisa", lr=2e-3, rho=0.9, seed=3, cache="off"), said)
     assert list(bests) == [5, 15] and said.of("epoch 3 of 6 was the best: 3.000 against 3.500 at the end; kept")
     patch, plans = load_file(str(folder / "patch.safetensors")), [runs.read(folder, f"plan-{i}.json") for i in range(3)]
     first, second, third = ({*plan["selected"]} for plan in plans)
