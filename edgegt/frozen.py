@@ -25,12 +25,19 @@ from edgegt.hidden import HiddenStore, identity_of, key_of
 from edgegt.model import Int8Model
 from edgegt.planner import Plan
 from edgegt.prefix import Rows, fill_group_bytes
+from edgegt.process import trim
 from edgegt.selection import Resting
 from edgegt.skipping import AGREES, Skipper
 from edgegt.version import __version__
 
 FOLDER = "hidden"
 File = Sequence[tuple[int, ...]]
+
+
+def _emptied(batches: list[list[_Piece]]) -> Iterator[Tensor]:
+    """Of each batch the states of its rows, float32 [tokens, width]; it is let go of with that."""
+    while batches:
+        yield torch.cat([piece.of_tokens() for piece in batches.pop(0)])
 
 
 class NotKept(EdgegtError):
@@ -191,9 +198,9 @@ class FrozenPrefix:
                 self.model.meter.by_kind.update(begun)
                 return False
             for number in missing:
-                batches, spent = made.pop(0)  # one file at a time exists twice
-                states = [torch.cat([piece.of_tokens() for piece in batch]) for batch in batches]
-                store.write(number, named[number], states, spent)
+                batches, spent = made.pop(0)
+                store.write(number, named[number], _emptied(batches), spent)
+            trim()  # rows are smaller than what goes back by itself, and lie between what stays
         self._counted, self._store, self._skipper = identity, store, skipper
         self.nbytes, self.kept_rows = store.nbytes, len(layout.rows)
         return True

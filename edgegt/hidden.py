@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,7 @@ class HiddenStore:
         return facts
 
     def write(
-        self, number: int, batches: Sequence[Sequence[tuple[str, int]]], states: Sequence[Tensor],
+        self, number: int, batches: Sequence[Sequence[tuple[str, int]]], states: Iterable[Tensor],
         facts: Mapping[str, int],
     ) -> None:  # fmt: skip
         """Write a file of batches, whole or not at all. states: of each its rows' one after another, [tokens, width].
