@@ -48,6 +48,7 @@ def _texts(facts: RunFacts, report: Tree) -> dict[str, Any]:
         "subtitle": words.subtitle_rows(facts, report),
         "asked": words.asked_rows(facts),
         "flops_rows": words.flops_rows(report),
+        "kept": words.kept_words(report),
         "memory_rows": words.memory_rows(report),
         "terms": words.term_rows(_terms(report), number(report["predicted"], "peak_bytes"), report["measured_terms"]),
         "memory_lead": words.memory_lead(report["memory_terms"]),

@@ -150,14 +150,17 @@ def flops_rows(report: Tree) -> list[Row]:
         rows.append(("… importance, of it", percent(probe / full), _flops(used, "probe_flops")))
     cache = report["cache"]
     if cache["boundary"] and full:
-        rows.append(("Saved by kept hidden states", percent(cache["saved_flops"] / full), _kept_words(cache)))
+        rows.append(("Saved by kept states", percent(cache["saved_flops"] / full), _flops(cache, "saved_flops")))
     return [*rows, ("Full fine-tuning", "100 %", _flops(report, "full_flops"))]
 
 
-def _kept_words(cache: Tree) -> str:
-    """'below layer 6: 99 % of rows read, 1.2 GiB from the disk', without what making them took."""
-    hits = percent(cache["hits"] / cache["visits"]) if cache["visits"] else UNKNOWN
-    return f"below layer {cache['boundary']}: {hits} of rows read, {format_bytes(cache['read_bytes'])} from the disk"
+def kept_words(report: Tree) -> str:
+    """'Hidden states are kept below layer 6: 99 % of rows read, 1.2 GiB from the disk.'; empty without."""
+    cache = report["cache"]
+    if not cache["boundary"]:
+        return ""
+    hits, read = percent(cache["hits"] / (cache["visits"] or 1)), format_bytes(cache["read_bytes"])
+    return f"Hidden states are kept below layer {cache['boundary']}: {hits} of rows read, {read} from the disk."
 
 
 def memory_rows(report: Tree) -> list[Row]:
