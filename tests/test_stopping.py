@@ -322,12 +322,12 @@ def test_measurements_take_a_twentieth_of_the_forward_passes(monkeypatch: pytest
     count = rows_measured(forward, shapes, corpus, 6)
     assert count == 600 * 8 // 6 // 20
     assert 6 * count * forward.at(SimpleNamespace(rows=1, tokens=30)) <= 0.05 * forward.total(shapes)
-    assert rows_measured(forward, range(6), corpus, 6) == stopping.ROWS[0]  # type: ignore[arg-type]
+    assert rows_measured(forward, range(6), corpus, 6) == stopping.ROWS[0]
     single: Any = SimpleNamespace(held_out=[example(30, 1)] * 400, spare=())
-    assert rows_measured(forward, range(6), single, 6) == stopping.LABELS  # type: ignore[arg-type]
+    assert rows_measured(forward, range(6), single, 6) == stopping.LABELS
     few: Any = SimpleNamespace(held_out=[example(20)] * 3, spare=())
     assert rows_measured(forward, shapes, few, 6) == 3
-    assert rows_measured(forward, range(60000), corpus, 6) == 400  # type: ignore[arg-type]
+    assert rows_measured(forward, range(60000), corpus, 6) == 400
 
 
 def test_seconds_of_measurements_are_counted_before_they_are_spent() -> None:
@@ -385,6 +385,6 @@ def test_when_there_is_early_stopping(held: int, epochs: float, wanted: bool) ->
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stopping, "shape_of", lambda one: None)
-        found = stopping.stopping_of(SimpleNamespace(setup=setup), SimpleNamespace(), said)  # type: ignore[arg-type]
+        found = stopping.stopping_of(SimpleNamespace(setup=setup), SimpleNamespace(), said)
     assert (found is not None) == (held == 5 and epochs == 2 and wanted)
     assert bool(said.of("no early stopping with fewer than 5 held-out rows, and 4 are")) == (held == 4)
