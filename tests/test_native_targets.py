@@ -16,7 +16,7 @@ CROSS, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 # Name, options, what /proc/cpuinfo must name for it to run here, and whether products are compiled.
 X86 = [
     ("plain", (), (), False),
-    ("avx2", ("-mavx2", "-mfma"), ("avx2", "fma"), False),
+    ("avx2", ("-mavx2", "-mfma"), ("avx2", "fma"), True),
     ("vnni-256", ("-mavx2", "-mfma", "-mavx512vnni", "-mavx512vl", "-mno-avx512bw"), ("avx512_vnni", "avx512vl"), True),
     ("vnni-512", ("-mfma", "-mavx512vnni", "-mavx512vl", "-mavx512bw"), ("avx512_vnni", "avx512bw"), True),
     ("avx-vnni", ("-mavx2", "-mfma", "-mavxvnni"), ("avx_vnni",), True),

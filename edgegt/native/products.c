@@ -4,11 +4,11 @@
    b has a second plane, b + low / 254 takes its place. Sums are exact as long as they fit 32 bits, as torch's are.
 
    A task is a block of rows times a block of columns, for one thread. The block of b is packed so that one vector
-   holds four values of k of each of its columns, a strip of up to ROWS rows of a is copied beside itself, and a tile
-   of strip times PANEL columns stays in registers while k runs: one load of b and one spread word of a for each
-   multiplication of the processor's four-fold dot product. Three of those are known here; where none is, `products`
-   is 0 and the caller uses another library. Results do not depend on threads or blocks. A single row of a reads all of
-   b once, so nothing is packed for it.  */
+   holds a word of VALUES values of k of each of its columns, a strip of up to ROWS rows of a is copied beside itself,
+   and a tile of strip times PANEL columns stays in registers while k runs: one load of b and one spread word of a for
+   each of the processor's dot products. Three of four bytes are known here, and AVX2's of two 16-bit numbers, to which
+   strips and panels are widened; where none is, `products` is 0 and the caller uses another library. Results do not
+   depend on threads, blocks or processors. A single row of a reads all of b once, so nothing is packed for it.  */
 
 #include "room.h"
 #include "shuffles.h"
@@ -37,6 +37,19 @@ typedef int32_t sums_t __attribute__((vector_size(32)));
 enum { LANES = 4, OFFSET = 0 };
 typedef int32_t sums_t __attribute__((vector_size(16)));
 #define DOT(sum, b, a) (sums_t) vdotq_s32((int32x4_t)(sum), (int8x16_t)(b), (int8x16_t)(a))
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define ROWS 6
+#define WIDENED
+enum { LANES = 8, OFFSET = 0 };
+typedef int32_t sums_t __attribute__((vector_size(32)));
+#define DOT(sum, b, a) ((sum) + (sums_t)_mm256_madd_epi16((__m256i)(b), (__m256i)(a)))
+#endif
+
+#ifdef WIDENED
+typedef int16_t value_t;
+#else
+typedef int8_t value_t;
 #endif
 
 #ifndef DOT
@@ -45,15 +58,16 @@ API int multiply(void) { return 0; }
 #else
 API int products(void) { return 1; }
 
-/* Columns of a tile; values of k at once; bytes from one row of a strip to the next, from four values of k to the next
-   four of a turned one, and of a strip; columns, rows and packed bytes of a task at most; columns at once of a single
-   row's product, and how many of its multiplications are not worth waking a thread for. */
+/* Values of k in a word; columns of a tile; values of k at once; bytes from one row of a strip to the next, from one
+   word of k to the next of a turned one, and of a strip; columns, rows and packed bytes of a task at most; columns at
+   once of a single row's product, and how many of its multiplications are not worth waking a thread for. */
 enum {
+    VALUES = 4 / sizeof(value_t),
     PANEL = 2 * LANES,
-    DEEP = 1536,
-    STRIDE = DEEP + 64,
+    DEEP = 384 * VALUES,
+    STRIDE = DEEP * sizeof(value_t) + 64,
     TURNED = (ROWS * 4 + 15) / 16 * 16,
-    STRIP = ROWS * STRIDE > DEEP / 4 * TURNED ? ROWS * STRIDE : DEEP / 4 * TURNED + 64,
+    STRIP = ROWS * STRIDE > DEEP / VALUES * TURNED ? ROWS * STRIDE : DEEP / VALUES * TURNED + 64,
     WIDE = 640,
     TALL = 512,
     PACKED = 1 << 19,
@@ -62,19 +76,35 @@ enum {
 };
 static const float LOW_STEPS = 254.0f;
 
-/* offset: turns signed values to unsigned ones where the processor wants them. */
-static inline bytes_t load(const int8_t *from, uint8_t offset) {
-    bytes_t value;
-    memcpy(&value, from, 16);
-    return value ^ offset;
-}
+static inline int64_t words(int64_t k) { return (k + VALUES - 1) / VALUES; }
 
 static inline void store(void *to, bytes_t value) { memcpy(to, &value, 16); }
 
-/* Of 16 columns of 4 rows, the 4 values of each column side by side; the first 4 * vectors columns are written. */
+#ifdef WIDENED
+/* Four words of one row. offset: turns signed values to unsigned ones where the processor wants them. */
+static inline words_t load(const int8_t *from, uint8_t offset) {
+    (void)offset;
+    return (words_t)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)from));
+}
+
+/* Of 16 columns of VALUES rows, the word of each column; the first 4 * vectors columns are written. */
 static inline void interleave(const int8_t *from, int64_t stride, uint8_t offset, int vectors, void *to) {
-    bytes_t b0 = load(from, offset), b1 = load(from + stride, offset);
-    bytes_t b2 = load(from + 2 * stride, offset), b3 = load(from + 3 * stride, offset);
+    for (int half = 0; half < 2 && 2 * half < vectors; half++) {
+        pairs_t above = (pairs_t)load(from + 8 * half, offset), below = (pairs_t)load(from + stride + 8 * half, offset);
+        store((uint8_t *)to + 32 * half, (bytes_t)LOW_PAIRS(above, below));
+        if (vectors > 2 * half + 1) store((uint8_t *)to + 32 * half + 16, (bytes_t)HIGH_PAIRS(above, below));
+    }
+}
+#else
+static inline words_t load(const int8_t *from, uint8_t offset) {
+    bytes_t value;
+    memcpy(&value, from, 16);
+    return (words_t)(value ^ offset);
+}
+
+static inline void interleave(const int8_t *from, int64_t stride, uint8_t offset, int vectors, void *to) {
+    bytes_t b0 = (bytes_t)load(from, offset), b1 = (bytes_t)load(from + stride, offset);
+    bytes_t b2 = (bytes_t)load(from + 2 * stride, offset), b3 = (bytes_t)load(from + 3 * stride, offset);
     pairs_t l0 = (pairs_t)LOW_BYTES(b0, b1), l1 = (pairs_t)LOW_BYTES(b2, b3);
     pairs_t h0 = (pairs_t)HIGH_BYTES(b0, b1), h1 = (pairs_t)HIGH_BYTES(b2, b3);
     store(to, (bytes_t)LOW_PAIRS(l0, l1));
@@ -82,102 +112,124 @@ static inline void interleave(const int8_t *from, int64_t stride, uint8_t offset
     if (vectors > 2) store((uint8_t *)to + 32, (bytes_t)LOW_PAIRS(h0, h1));
     if (vectors > 3) store((uint8_t *)to + 48, (bytes_t)HIGH_PAIRS(h0, h1));
 }
+#endif
 
-/* One panel of b: packed [ceil(k / 4)][PANEL][4], from rows b[j][0..k) or, turned, from columns b[0..k)[j]. What lies
+/* One value of b, packed. */
+static inline value_t packed_value(int8_t value) {
+#ifdef WIDENED
+    return value;
+#else
+    return (value_t)((uint8_t)value ^ OFFSET);
+#endif
+}
+
+/* One panel of b: packed [words(k)][PANEL][VALUES], from rows b[j][0..k) or, turned, from columns b[0..k)[j]. What lies
    beyond its `width` columns and its k values is 0. */
-static void pack_rows(const int8_t *b, int64_t stride, int64_t width, int64_t k, uint8_t *packed) {
-    int64_t deep = (k + 3) / 4;
+static void pack_rows(const int8_t *b, int64_t stride, int64_t width, int64_t k, value_t *packed) {
     for (int64_t column = 0; column < PANEL; column += 4) {
         int64_t at = 0;
-        uint8_t *to = packed + column * 4;
+        value_t *to = packed + column * VALUES;
         if (column + 4 <= width) {
             const int8_t *from = b + column * stride;
-            for (; at + 4 <= k / 4; at += 4) {
-                for (int64_t i = 4; i < 8; i++) __builtin_prefetch(from + i * stride + 4 * at);
+            for (; at + 4 <= k / VALUES; at += 4) {
+                for (int64_t i = 4; i < 8; i++) __builtin_prefetch(from + i * stride + VALUES * at);
                 words_t rows[4];
-                for (int64_t i = 0; i < 4; i++) rows[i] = (words_t)load(from + i * stride + 4 * at, OFFSET);
-                turn_words(rows, to + at * PANEL * 4, PANEL * 4);
+                for (int64_t i = 0; i < 4; i++) rows[i] = load(from + i * stride + VALUES * at, OFFSET);
+                turn_words(rows, to + at * PANEL * VALUES, PANEL * 4);
             }
         }
-        for (; at < deep; at++)
+        for (; at < words(k); at++)
             for (int64_t j = 0; j < 4; j++)
-                for (int64_t i = 0; i < 4; i++) {
-                    int inside = column + j < width && 4 * at + i < k;
-                    to[at * PANEL * 4 + 4 * j + i] =
-                        inside ? (uint8_t)(b[(column + j) * stride + 4 * at + i] ^ OFFSET) : 0;
+                for (int64_t i = 0; i < VALUES; i++) {
+                    int inside = column + j < width && VALUES * at + i < k;
+                    to[at * PANEL * VALUES + VALUES * j + i] =
+                        inside ? packed_value(b[(column + j) * stride + VALUES * at + i]) : 0;
                 }
     }
 }
 
-static void pack_columns(const int8_t *b, int64_t stride, int64_t width, int64_t k, uint8_t *packed) {
-    for (int64_t at = 0; at < (k + 3) / 4; at++) {
-        const int8_t *from = b + 4 * at * stride;
-        uint8_t *to = packed + at * PANEL * 4;
+static void pack_columns(const int8_t *b, int64_t stride, int64_t width, int64_t k, value_t *packed) {
+    for (int64_t at = 0; at < words(k); at++) {
+        const int8_t *from = b + VALUES * at * stride;
+        value_t *to = packed + at * PANEL * VALUES;
         int64_t column = 0;
-        if (4 * at + 4 <= k)
+        if (VALUES * at + VALUES <= k)
             for (; column + 16 <= width && column + 16 <= PANEL; column += 16) {
-                for (int64_t i = 4; i < 8; i++) __builtin_prefetch(from + i * stride + column);
-                interleave(from + column, stride, OFFSET, 4, to + column * 4);
+                for (int64_t i = VALUES; i < 2 * VALUES; i++) __builtin_prefetch(from + i * stride + column);
+                interleave(from + column, stride, OFFSET, 4, to + column * VALUES);
             }
         for (; column < PANEL; column++)
-            for (int64_t i = 0; i < 4; i++) {
-                int inside = column < width && 4 * at + i < k;
-                to[column * 4 + i] = inside ? (uint8_t)(from[i * stride + column] ^ OFFSET) : 0;
+            for (int64_t i = 0; i < VALUES; i++) {
+                int inside = column < width && VALUES * at + i < k;
+                to[column * VALUES + i] = inside ? packed_value(from[i * stride + column]) : 0;
             }
     }
 }
 
+/* `count` values of a row of a as they stand in a strip. */
+#ifdef WIDENED
+enum { PIECE = 16 };
+static inline sums_t piece_of(const int8_t *from, int64_t count) {
+    int8_t values[PIECE] = {0};
+    memcpy(values, from, (size_t)(count < PIECE ? count : PIECE));
+    return (sums_t)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)values));
+}
+#else
+enum { PIECE = sizeof(sums_t) };
+static inline sums_t piece_of(const int8_t *from, int64_t count) {
+    sums_t piece = {0};
+    memcpy(&piece, from, count < PIECE ? (size_t)count : sizeof piece);
+    return piece;
+}
+#endif
+
 /* A strip of a, its rows STRIDE bytes apart and filled up with 0; start: what undoes the offset of b, per row. */
-static void copy_rows(const int8_t *a, int64_t stride, int64_t rows, int64_t k, int8_t *strip, int32_t *start) {
-    enum { SIZE = sizeof(sums_t) };
+static void copy_rows(const int8_t *a, int64_t stride, int64_t rows, int64_t k, value_t *strip, int32_t *start) {
     for (int64_t row = 0; row < rows; row++) {
         const int8_t *from = a + row * stride;
-        int8_t *to = strip + row * STRIDE;
-        sums_t part, sum = {0}, ones = (sums_t){0} + 0x01010101;
-        for (int64_t i = 0; i < k; i += SIZE) {
-            part = (sums_t){0};
-            if (i + SIZE <= k)
-                memcpy(&part, from + i, SIZE);
-            else
-                memcpy(&part, from + i, (size_t)(k - i));
-            memcpy(to + i, &part, SIZE);
-            sum = DOT(sum, ones, part);
+        uint8_t *to = (uint8_t *)strip + row * STRIDE;
+        sums_t sum = {0}, ones = (sums_t){0} + 0x01010101;
+        for (int64_t i = 0; i < k; i += PIECE) {
+            sums_t part = piece_of(from + i, k - i);
+            memcpy(to + i * (int64_t)sizeof(value_t), &part, sizeof part);
+            if (OFFSET) sum = DOT(sum, ones, part);
         }
         start[row] = 0;
         for (int i = 0; i < LANES; i++) start[row] -= OFFSET * sum[i];
     }
 }
 
-/* A strip of turned a [k][stride], four values of k of each row side by side and TURNED bytes apart. left: columns of a
-   from its start on, which are all that may be read. */
-static void copy_columns(const int8_t *a, int64_t stride, int64_t left, int64_t k, int8_t *strip, int32_t *start) {
-    int8_t last[4][16] = {{0}};
-    for (int64_t at = 0; at < k; at += 4) {
+/* A strip of turned a [k][stride], a word of each row side by side and TURNED bytes apart. left: columns of a from its
+   start on, which are all that may be read. */
+static void copy_columns(const int8_t *a, int64_t stride, int64_t left, int64_t k, value_t *strip, int32_t *start) {
+    int8_t last[VALUES][16] = {{0}};
+    uint8_t *to = (uint8_t *)strip;
+    for (int64_t at = 0; at < k; at += VALUES, to += TURNED) {
         const int8_t *from = a + at * stride;
-        int8_t *to = strip + at / 4 * TURNED;
         int64_t pitch = stride;
-        if (at + 4 > k || left < 16) {
-            for (int64_t i = 0; i < 4; i++)
+        if (at + VALUES > k || left < 16) {
+            for (int64_t i = 0; i < VALUES; i++)
                 for (int64_t j = 0; j < 16; j++) last[i][j] = at + i < k && j < left ? from[i * stride + j] : 0;
             from = last[0], pitch = 16;
         } else {
-            for (int64_t i = 16; i < 20; i++) __builtin_prefetch(from + i * stride);
+            for (int64_t i = 4 * VALUES; i < 5 * VALUES; i++) __builtin_prefetch(from + i * stride);
         }
         interleave(from, pitch, 0, TURNED / 16, to);
     }
     sums_t part, sum[2] = {{0}, {0}}, ones = (sums_t){0} + 0x01010101;
-    for (int64_t at = 0; OFFSET && at < k; at += 4) { /* one vector has a row in each of its first lanes */
-        memcpy(&part, strip + at / 4 * TURNED, sizeof part);
-        sum[at / 4 % 2] = DOT(sum[at / 4 % 2], ones, part);
+    for (int64_t at = 0; OFFSET && at < words(k); at++) { /* one vector has a row in each of its first lanes */
+        memcpy(&part, (uint8_t *)strip + at * TURNED, sizeof part);
+        sum[at % 2] = DOT(sum[at % 2], ones, part);
     }
     for (int64_t row = 0; row < ROWS; row++) start[row] = OFFSET ? -OFFSET * (sum[0][row] + sum[1][row]) : 0;
 }
 
 /* tile [rows][PANEL] = start + strip * panel, or with `more` added to what is there. Of a strip, `down` bytes lead to
-   the next row and `along` to the next four of k. */
-static inline __attribute__((always_inline)) void tile_of(int rows, int64_t down, int64_t along, const int8_t *a,
-                                                          const uint8_t *b, int64_t deep, const int32_t *start,
+   the next row and `along` to the next word. */
+static inline __attribute__((always_inline)) void tile_of(int rows, int64_t down, int64_t along, const value_t *strip,
+                                                          const value_t *panel, int64_t deep, const int32_t *start,
                                                           int32_t *tile, int more) {
+    const uint8_t *a = (const uint8_t *)strip, *b = (const uint8_t *)panel;
     sums_t sum[ROWS][2];
     for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = (sums_t){0} + start[row];
     for (int64_t at = 0; at < deep; at++) {
@@ -202,10 +254,10 @@ static inline __attribute__((always_inline)) void tile_of(int rows, int64_t down
         }
 }
 
-typedef void tile_t(const int8_t *, const uint8_t *, int64_t, const int32_t *, int32_t *, int);
+typedef void tile_t(const value_t *, const value_t *, int64_t, const int32_t *, int32_t *, int);
 #define NAMED(name, rows, down, along)                                                                               \
-    static void name(const int8_t *a, const uint8_t *b, int64_t deep, const int32_t *start, int32_t *tile, int more) \
-    {                                                                                                                \
+    static void name(const value_t *a, const value_t *b, int64_t deep, const int32_t *start, int32_t *tile,          \
+                     int more) {                                                                                     \
         tile_of(rows, down, along, a, b, deep, start, tile, more);                                                   \
     }
 #define TILE(rows) NAMED(tile_##rows, rows, STRIDE, 4) NAMED(turned_##rows, rows, 4, TURNED)
@@ -278,13 +330,13 @@ static int block_of(const job_t *job, int64_t row, int64_t rows, int64_t column,
     int planes = job->low ? 2 : 1;
     int64_t panels = (width + PANEL - 1) / PANEL, strips = parts_of(rows, ROWS), strip_rows = even(rows, strips, 1);
     int whole = depth >= job->k;
-    size_t panel_bytes = (size_t)(depth + 3) / 4 * 4 * PANEL, tile = ROWS * PANEL, tiles = tile * planes * panels;
-    size_t packed_bytes = panel_bytes * planes * panels;
+    size_t panel_values = (size_t)words(depth) * VALUES * PANEL, tile = ROWS * PANEL, tiles = tile * planes * panels;
+    size_t packed_bytes = panel_values * sizeof(value_t) * planes * panels;
     size_t sum_bytes = (whole ? planes * tile : strips * tiles) * sizeof(int32_t);
-    uint8_t *packed = room(packed_bytes + sum_bytes + STRIP);
-    if (!packed) return 0;
-    int32_t *sums = (int32_t *)(packed + packed_bytes), start[ROWS];
-    int8_t *strip = (int8_t *)packed + packed_bytes + sum_bytes;
+    uint8_t *memory = room(packed_bytes + sum_bytes + STRIP);
+    if (!memory) return 0;
+    value_t *packed = (value_t *)memory, *strip = (value_t *)(memory + packed_bytes + sum_bytes);
+    int32_t *sums = (int32_t *)(memory + packed_bytes), start[ROWS];
     for (int64_t from = 0; from < job->k; from += depth) {
         int64_t k = job->k - from < depth ? job->k - from : depth;
         int last = from + k == job->k;
@@ -292,7 +344,7 @@ static int block_of(const job_t *job, int64_t row, int64_t rows, int64_t column,
             for (int plane = 0; plane < planes; plane++) {
                 const int8_t *b = plane ? job->low : job->b;
                 int64_t first = column + panel * PANEL, left = width - panel * PANEL;
-                uint8_t *to = packed + (panel * planes + plane) * panel_bytes;
+                value_t *to = packed + (panel * planes + plane) * panel_values;
                 if (job->turned_b)
                     pack_columns(b + from * job->m + first, job->m, left, k, to);
                 else
@@ -311,8 +363,8 @@ static int block_of(const job_t *job, int64_t row, int64_t rows, int64_t column,
                 int64_t first = column + panel * PANEL;
                 if (last) expect(job, top, count, first);
                 for (int plane = 0; plane < planes; plane++) {
-                    const uint8_t *b = packed + (panel * planes + plane) * panel_bytes;
-                    TILES[job->turned_a][count](strip, b, (k + 3) / 4, start, here + plane * tile, from > 0);
+                    const value_t *b = packed + (panel * planes + plane) * panel_values;
+                    TILES[job->turned_a][count](strip, b, words(k), start, here + plane * tile, from > 0);
                 }
                 if (last) scale_tile(job, here, top, count, first, width - panel * PANEL);
             }
@@ -324,7 +376,8 @@ static int block_of(const job_t *job, int64_t row, int64_t rows, int64_t column,
 /* Width and height of a task, so that the threads end soonest. Counted in multiplications of a tile's row: packing a
    panel takes as long as 16 of them, and copying a row of a as long as half a one, or one when it is turned. */
 static void split(const job_t *job, int64_t depth, int threads, int64_t *width, int64_t *height) {
-    int64_t planes = job->low ? 2 : 1, best = INT64_MAX, widest = PACKED / (planes * depth) / PANEL * PANEL;
+    int64_t planes = job->low ? 2 : 1, best = INT64_MAX;
+    int64_t widest = PACKED / (planes * depth * (int64_t)sizeof(value_t)) / PANEL * PANEL;
     widest = widest < PANEL ? PANEL : widest > WIDE ? WIDE : widest;
     for (int64_t across = parts_of(job->m, widest); across <= parts_of(job->m, PANEL); across++) {
         int64_t wide = even(job->m, across, PANEL), panels = wide / PANEL * planes;
@@ -341,17 +394,14 @@ static void split(const job_t *job, int64_t depth, int threads, int64_t *width, 
 /* Sums of one row of a [k] with `count` rows of b [k each]. */
 static inline __attribute__((always_inline)) void sums_of(int count, const int8_t *a, const int8_t *b, int64_t k,
                                                           int32_t *out) {
-    typedef uint8_t wide_t __attribute__((vector_size(4 * LANES)));
-    sums_t sums[COLUMNS] = {{0}}, ones = {0};
+    sums_t sums[COLUMNS] = {{0}}, ones = {0}, flip = (sums_t){0} + (int32_t)(OFFSET * 0x01010101u);
     int64_t at = 0;
-    for (; at + 4 * LANES <= k; at += 4 * LANES) {
-        wide_t left, right;
-        memcpy(&left, a + at, sizeof left);
-        if (OFFSET) ones = DOT(ones, (wide_t){0} + 1, left);
+    for (; at + PIECE <= k; at += PIECE) {
+        sums_t left = piece_of(a + at, PIECE);
+        if (OFFSET) ones = DOT(ones, (sums_t){0} + 0x01010101, left);
         for (int j = 0; j < count; j++) {
             __builtin_prefetch(b + (j + 2 * COLUMNS) * k + at);
-            memcpy(&right, b + j * k + at, sizeof right);
-            sums[j] = DOT(sums[j], right ^ (uint8_t)OFFSET, left);
+            sums[j] = DOT(sums[j], piece_of(b + j * k + at, PIECE) ^ flip, left);
         }
     }
     uint32_t added = 0; /* by the offset; unsigned numbers may go round */
@@ -392,7 +442,7 @@ API int multiply(const int8_t *a, int turned_a, const int8_t *b, const int8_t *l
             columns_of(&job, panel * PANEL, panel < panels - 1 ? PANEL : m - panel * PANEL);
         return 1;
     }
-    int64_t depth = even(k, parts_of(k, DEEP), 4), width = m, height = n;
+    int64_t depth = even(k, parts_of(k, DEEP), VALUES), width = m, height = n;
     split(&job, depth, threads, &width, &height);
     int64_t across = parts_of(m, width), down = parts_of(n, height);
     int done = 1;
