@@ -2,7 +2,8 @@
 
 Every variant spends what full fine-tuning spends in --steps, on the same --rows, with the learning rate that `edgegt
 compare` found (--factor, of 0.4 / hidden size); rows that nobody is trained or scored on elsewhere say how good it is.
-A variant is options of a run, or constants of the program. Each training is a process of its own.
+A variant is options of a run, constants of the program, or an idea (ablation_ideas.py). Each training is a process of
+its own. Without --model it is the household's.
 
     python tools/bench_ablation.py --model stories260K --data devset.csv --columns prompt=mr,completion=ref --factor 2
 """
@@ -23,6 +24,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # after PYTHONPATH, which may name another copy
 
+from edgegt import home
 from edgegt.comparison.jobs import TUNE, Job
 from edgegt.process import share_the_machine
 
@@ -31,11 +33,12 @@ STRATEGY, RHO, BATCH = "greentrainer", 0.5, 8
 
 @dataclass(frozen=True)
 class Variant:
-    """What is changed. options: of a run; constants: as 'module.NAME'."""
+    """What is changed. options: of a run; constants: as 'module.NAME'; ideas: by name, each with its number."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
+    ideas: dict[str, float] = field(default_factory=dict)
 
     def steps(self, full: int) -> int:
         """As many as cost what full fine-tuning's do, all rounds included."""
@@ -48,9 +51,14 @@ VARIANTS = (
     Variant("strategy last-layers", {"strategy": "last-layers"}),
     Variant("strategy random", {"strategy": "random"}),
     Variant("value: importance alone", constants={"edgegt.value.BY_SIZE": 0.0}),
+    Variant("value: half of it by size", constants={"edgegt.value.BY_SIZE": 0.5}),
     Variant("value: size alone", constants={"edgegt.value.BY_SIZE": 1.0}),
     Variant("value: not tilted", constants={"edgegt.value.TILT": 0.0}),
     Variant("value: tilted by the fourth power", constants={"edgegt.value.TILT": 4.0}),
+    Variant("value: concave in each layer, 0.8", ideas={"concave": 0.8}),
+    Variant("value: half for what was trained before", ideas={"again": 0.5}),
+    Variant("first round: 30 % more FLOPs", ideas={"first round": 1.3}),
+    Variant("first round: 30 % fewer FLOPs", ideas={"first round": 0.7}),
     Variant("probes: 5 % of the FLOPs", constants={"edgegt.budget.PROBE_SHARE": 0.05}),
     Variant("one round", {"round_epochs": 1000.0}),
     Variant("four rounds", {"rounds": 4}),
@@ -62,6 +70,10 @@ VARIANTS = (
     Variant("clipped at 1", {"max_grad_norm": 1.0}),
     Variant("cosine schedule", {"schedule": "cosine"}),
     Variant("weight decay 0.1", {"weight_decay": 0.1}),
+    Variant("beta2 0.99", ideas={"beta2": 0.99}),
+    Variant("half the learning rate for the head", ideas={"head rate": 0.5}),
+    Variant("twice the learning rate for the head", ideas={"head rate": 2.0}),
+    Variant("four times the learning rate for norms", ideas={"vector rate": 4.0}),
 )
 
 
@@ -80,14 +92,14 @@ def job_of(variant: Variant, seed: int, args: argparse.Namespace) -> Job:
     return Job(TUNE, "edgegt", seed, {"batch_size": BATCH, **options}, options["rho"], args.rows)
 
 
-def width_of(model: str) -> int:
+def width_of(model: str | None) -> int:
     """Its hidden size."""
-    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((Path(model or home.MODEL) / "config.json").read_text(encoding="utf-8"))
     return int(config["hidden_size"])
 
 
-def train(job: Job, constants: dict[str, Any]) -> dict[str, Any]:
-    """The job, in this process, with constants of the program changed."""
+def train(job: Job, constants: dict[str, Any], ideas: dict[str, float]) -> dict[str, Any]:
+    """The job, in this process, with constants and functions of the program changed."""
     share_the_machine()
     for name, value in constants.items():
         module, _, constant = name.rpartition(".")
@@ -95,6 +107,11 @@ def train(job: Job, constants: dict[str, Any]) -> dict[str, Any]:
         if not hasattr(loaded, constant):
             raise AttributeError(f"there is no {name}")
         setattr(loaded, constant, value)
+    if ideas:
+        from ablation_ideas import IDEAS
+
+        for name, number in ideas.items():
+            IDEAS[name](number)
     from edgegt.comparison.work import work
 
     with tempfile.TemporaryDirectory(prefix="ablation-") as place:
@@ -103,7 +120,7 @@ def train(job: Job, constants: dict[str, Any]) -> dict[str, Any]:
 
 def trained_apart(variant: Variant, job: Job) -> dict[str, Any]:
     """The same in a process of its own. Raises: RuntimeError with what it said."""
-    words = [sys.executable, __file__, "--job", json.dumps([job.to_json(), variant.constants])]
+    words = [sys.executable, __file__, "--job", json.dumps([job.to_json(), variant.constants, variant.ideas])]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError((done.stderr.strip().splitlines() or ["it failed"])[-1])
@@ -133,16 +150,16 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="variants with one of these words in their name")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
-    if not args.job and not (args.model and args.data):
-        parser.error("give --model DIR and --data FILE")
+    if not args.job and bool(args.model) != bool(args.data):
+        parser.error("give --model DIR and --data FILE, or neither")
     return args
 
 
 def main() -> int:
     args = arguments(sys.argv[1:])
     if args.job:
-        tree, constants = json.loads(args.job)
-        print(json.dumps(train(Job.from_json(tree), constants)))
+        tree, constants, ideas = json.loads(args.job)
+        print(json.dumps(train(Job.from_json(tree), constants, ideas)))
         return 0
     print("| changed | steps | FLOPs of full | loss |\n| --- | ---: | ---: | ---: |", flush=True)
     failed = False

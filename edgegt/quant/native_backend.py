@@ -1,8 +1,8 @@
 """int8 products and everything around them in C (`edgegt.native`): CPUs with a compiler.
 
 Where the processor has a dot product of small integers (AVX512-VNNI, AVX-VNNI, aarch64's dotprod, and AVX2's of 16-bit
-numbers) the products are our own, scaled before they leave the registers; torch's write 32-bit sums that are read again,
-and on AVX2 alone they take fifty times as long. Elsewhere torch's are scaled in one pass.
+numbers) the products are our own, scaled before they leave the registers; torch's write 32-bit sums that are read
+again, and on AVX2 alone they take fifty times as long. Elsewhere torch's are scaled in one pass.
 """
 
 from __future__ import annotations
