@@ -39,6 +39,7 @@ def again(factor: float) -> None:
 
 def concave(factor: float) -> None:
     """The second most valuable tensor of a layer is worth `factor` of its value, the third its square, and so on."""
+
     def values_of(importance: Mapping[str, float], table: CostTable) -> dict[str, float]:
         values = plain_values(importance, table)
         layers: dict[int, list[str]] = {}
