@@ -101,6 +101,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     options = RunOptions(
         device="jetson", task="classification", model=str(model), data=str(data), eval_data=str(held), threads=1,
         output=str(here / "run"), epochs=6, round_epochs=3, rho=0.7, lr=5e-3, memory="2GiB", checkpoint_every="20",
+        early_stopping=False,  # whether a run stops may hang on a processor's last bits
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.getbasetemp() / "classification"  # one for both: kernels are compiled once
