@@ -7,8 +7,10 @@
    holds a word of VALUES values of k of each of its columns, a strip of up to ROWS rows of a is copied beside itself,
    and a tile of strip times PANEL columns stays in registers while k runs: one load of b and one spread word of a for
    each of the processor's dot products. Three of four bytes are known here, and AVX2's of two 16-bit numbers, to which
-   strips and panels are widened; where none is, `products` is 0 and the caller uses another library. Results do not
-   depend on threads, blocks or processors. A single row of a reads all of b once, so nothing is packed for it.  */
+   strips and panels are widened; where none is, `products` is 0 and the caller uses another library. Widened, both
+   planes of b are one number of 16 bits, and one product: 512 of its terms fit 32 bits, so that such sums go on as
+   floats. Results do not depend on threads or blocks. A single row of a reads all of b once, so nothing is packed for
+   it.  */
 
 #include "room.h"
 #include "shuffles.h"
@@ -58,13 +60,16 @@ API int multiply(void) { return 0; }
 #else
 API int products(void) { return 1; }
 
-/* Values of k in a word; columns of a tile; values of k at once; bytes from one row of a strip to the next, from one
+/* Values of k in a word; columns of a tile; values of k at once, and with both planes in one number; bytes from one row of a strip to the next, from one
    word of k to the next of a turned one, and of a strip; columns, rows and packed bytes of a task at most; columns at
    once of a single row's product, and how many of its multiplications are not worth waking a thread for. */
 enum {
     VALUES = 4 / sizeof(value_t),
     PANEL = 2 * LANES,
     DEEP = 384 * VALUES,
+    JOINT = sizeof(value_t) == 2,
+    JOINT_DEEP = 512,
+    STEPS = 254,
     STRIDE = DEEP * sizeof(value_t) + 64,
     TURNED = (ROWS * 4 + 15) / 16 * 16,
     STRIP = ROWS * STRIDE > DEEP / VALUES * TURNED ? ROWS * STRIDE : DEEP / VALUES * TURNED + 64,
@@ -74,7 +79,11 @@ enum {
     COLUMNS = 4,
     ALONE = 1 << 18
 };
-static const float LOW_STEPS = 254.0f;
+static const float LOW_STEP = 1.0f / STEPS;
+
+/* What a tile does with its sums: adds to what is there, and holds floats. */
+enum { MORE = 1, FLOATS = 2 };
+typedef float floats_t __attribute__((vector_size(sizeof(sums_t))));
 
 static inline int64_t words(int64_t k) { return (k + VALUES - 1) / VALUES; }
 
@@ -114,18 +123,31 @@ static inline void interleave(const int8_t *from, int64_t stride, uint8_t offset
 }
 #endif
 
-/* One value of b, packed. */
-static inline value_t packed_value(int8_t value) {
+/* One value of b, packed, and four words of them. low: of the other plane, where both become one number. */
 #ifdef WIDENED
-    return value;
-#else
-    return (value_t)((uint8_t)value ^ OFFSET);
-#endif
+static inline value_t packed_value(const int8_t *b, const int8_t *low) {
+    return (value_t)(low ? *b * STEPS + *low : *b);
 }
+
+static inline words_t packed_words(const int8_t *b, const int8_t *low) {
+    words_t high = load(b, OFFSET);
+    return low ? (words_t)((pairs_t)high * STEPS + (pairs_t)load(low, OFFSET)) : high;
+}
+#else
+static inline value_t packed_value(const int8_t *b, const int8_t *low) {
+    (void)low;
+    return (value_t)((uint8_t)*b ^ OFFSET);
+}
+
+static inline words_t packed_words(const int8_t *b, const int8_t *low) {
+    (void)low;
+    return load(b, OFFSET);
+}
+#endif
 
 /* One panel of b: packed [words(k)][PANEL][VALUES], from rows b[j][0..k) or, turned, from columns b[0..k)[j]. What lies
    beyond its `width` columns and its k values is 0. */
-static void pack_rows(const int8_t *b, int64_t stride, int64_t width, int64_t k, value_t *packed) {
+static void pack_rows(const int8_t *b, const int8_t *low, int64_t stride, int64_t width, int64_t k, value_t *packed) {
     for (int64_t column = 0; column < PANEL; column += 4) {
         int64_t at = 0;
         value_t *to = packed + column * VALUES;
@@ -134,16 +156,20 @@ static void pack_rows(const int8_t *b, int64_t stride, int64_t width, int64_t k,
             for (; at + 4 <= k / VALUES; at += 4) {
                 for (int64_t i = 4; i < 8; i++) __builtin_prefetch(from + i * stride + VALUES * at);
                 words_t rows[4];
-                for (int64_t i = 0; i < 4; i++) rows[i] = load(from + i * stride + VALUES * at, OFFSET);
+                for (int64_t i = 0; i < 4; i++) {
+                    const int8_t *row = from + i * stride + VALUES * at;
+                    rows[i] = packed_words(row, low ? low + (row - b) : 0);
+                }
                 turn_words(rows, to + at * PANEL * VALUES, PANEL * 4);
             }
         }
         for (; at < words(k); at++)
             for (int64_t j = 0; j < 4; j++)
                 for (int64_t i = 0; i < VALUES; i++) {
+                    int64_t from = (column + j) * stride + VALUES * at + i;
                     int inside = column + j < width && VALUES * at + i < k;
                     to[at * PANEL * VALUES + VALUES * j + i] =
-                        inside ? packed_value(b[(column + j) * stride + VALUES * at + i]) : 0;
+                        inside ? packed_value(b + from, low ? low + from : 0) : 0;
                 }
     }
 }
@@ -161,7 +187,7 @@ static void pack_columns(const int8_t *b, int64_t stride, int64_t width, int64_t
         for (; column < PANEL; column++)
             for (int64_t i = 0; i < VALUES; i++) {
                 int inside = column < width && VALUES * at + i < k;
-                to[column * VALUES + i] = inside ? packed_value(from[i * stride + column]) : 0;
+                to[column * VALUES + i] = inside ? packed_value(from + i * stride + column, 0) : 0;
             }
     }
 }
@@ -224,11 +250,11 @@ static void copy_columns(const int8_t *a, int64_t stride, int64_t left, int64_t 
     for (int64_t row = 0; row < ROWS; row++) start[row] = OFFSET ? -OFFSET * (sum[0][row] + sum[1][row]) : 0;
 }
 
-/* tile [rows][PANEL] = start + strip * panel, or with `more` added to what is there. Of a strip, `down` bytes lead to
+/* tile [rows][PANEL] = start + strip * panel; how: MORE, FLOATS. Of a strip, `down` bytes lead to
    the next row and `along` to the next word. */
 static inline __attribute__((always_inline)) void tile_of(int rows, int64_t down, int64_t along, const value_t *strip,
                                                           const value_t *panel, int64_t deep, const int32_t *start,
-                                                          int32_t *tile, int more) {
+                                                          int32_t *tile, int how) {
     const uint8_t *a = (const uint8_t *)strip, *b = (const uint8_t *)panel;
     sums_t sum[ROWS][2];
     for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = (sums_t){0} + start[row];
@@ -247,18 +273,25 @@ static inline __attribute__((always_inline)) void tile_of(int rows, int64_t down
     for (int row = 0; row < rows; row++)
         for (int half = 0; half < 2; half++) {
             int32_t *to = tile + row * PANEL + half * LANES;
-            sums_t before = {0};
-            if (more) memcpy(&before, to, sizeof before);
-            before += sum[row][half];
-            memcpy(to, &before, sizeof before);
+            if (how & FLOATS) {
+                floats_t before = {0};
+                if (how & MORE) memcpy(&before, to, sizeof before);
+                before += __builtin_convertvector(sum[row][half], floats_t);
+                memcpy(to, &before, sizeof before);
+            } else {
+                sums_t before = {0};
+                if (how & MORE) memcpy(&before, to, sizeof before);
+                before += sum[row][half];
+                memcpy(to, &before, sizeof before);
+            }
         }
 }
 
 typedef void tile_t(const value_t *, const value_t *, int64_t, const int32_t *, int32_t *, int);
 #define NAMED(name, rows, down, along)                                                                               \
     static void name(const value_t *a, const value_t *b, int64_t deep, const int32_t *start, int32_t *tile,          \
-                     int more) {                                                                                     \
-        tile_of(rows, down, along, a, b, deep, start, tile, more);                                                   \
+                     int how) {                                                                                      \
+        tile_of(rows, down, along, a, b, deep, start, tile, how);                                                    \
     }
 #define TILE(rows) NAMED(tile_##rows, rows, STRIDE, 4) NAMED(turned_##rows, rows, 4, TURNED)
 TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
@@ -279,13 +312,24 @@ typedef struct {
     int turned_a, turned_b, add;
 } job_t;
 
-/* One row of a tile: y [size] from its sums, and those of the second plane. */
+/* Whether both planes are one number; and how many have sums of their own. */
+static inline int is_joint(const job_t *job) { return JOINT && job->low && !job->turned_b; }
+
+static inline int planes_of(const job_t *job) { return job->low && !is_joint(job) ? 2 : 1; }
+
+/* One row of a tile: y [size] from its sums, and those of the second plane, or from those of both in one. */
 static inline __attribute__((always_inline)) void scale_row(const job_t *job, const int32_t *high, const int32_t *low,
-                                                            float scale, const float *columns, int64_t size,
-                                                            float *y) {
-    if (job->low)
+                                                            float scale, const float *columns, int64_t size, float *y,
+                                                            int joint) {
+    if (joint)
+        for (int64_t i = 0; i < size; i++) {
+            float sum;
+            memcpy(&sum, high + i, sizeof sum);
+            y[i] = sum * LOW_STEP * scale * columns[i];
+        }
+    else if (job->low)
         for (int64_t i = 0; i < size; i++)
-            y[i] = ((float)high[i] + (float)low[i] * (1.0f / LOW_STEPS)) * scale * columns[i];
+            y[i] = ((float)high[i] + (float)low[i] * LOW_STEP) * scale * columns[i];
     else if (job->columns)
         for (int64_t i = 0; i < size; i++) y[i] = (float)high[i] * scale * columns[i];
     else if (job->add)
@@ -298,13 +342,14 @@ static inline __attribute__((always_inline)) void scale_row(const job_t *job, co
 static inline void scale_tile(const job_t *job, const int32_t *tile, int64_t row, int64_t count, int64_t column,
                               int64_t width) {
     const float *columns = job->columns + column;
+    int joint = is_joint(job);
     for (int64_t i = 0; i < count; i++) {
         const int32_t *high = tile + i * PANEL, *low = high + ROWS * PANEL;
         float *y = job->y + (row + i) * job->m + column, scale = job->rows[row + i];
         if (width >= PANEL)
-            scale_row(job, high, low, scale, columns, PANEL, y);
+            scale_row(job, high, low, scale, columns, PANEL, y, joint);
         else
-            scale_row(job, high, low, scale, columns, width, y);
+            scale_row(job, high, low, scale, columns, width, y, joint);
     }
 }
 
@@ -327,7 +372,7 @@ static int64_t even(int64_t whole, int64_t parts, int64_t multiple) {
 
 /* One task; 0 when there is no memory. */
 static int block_of(const job_t *job, int64_t row, int64_t rows, int64_t column, int64_t width, int64_t depth) {
-    int planes = job->low ? 2 : 1;
+    int planes = planes_of(job), joint = is_joint(job);
     int64_t panels = (width + PANEL - 1) / PANEL, strips = parts_of(rows, ROWS), strip_rows = even(rows, strips, 1);
     int whole = depth >= job->k;
     size_t panel_values = (size_t)words(depth) * VALUES * PANEL, tile = ROWS * PANEL, tiles = tile * planes * panels;
@@ -348,7 +393,8 @@ static int block_of(const job_t *job, int64_t row, int64_t rows, int64_t column,
                 if (job->turned_b)
                     pack_columns(b + from * job->m + first, job->m, left, k, to);
                 else
-                    pack_rows(b + first * job->k + from, job->k, left, k, to);
+                    pack_rows(b + first * job->k + from, joint ? job->low + first * job->k + from : 0, job->k, left, k,
+                              to);
             }
         for (int64_t at = 0; at < strips; at++) {
             int64_t top = row + at * strip_rows, count = row + rows - top;
@@ -364,7 +410,8 @@ static int block_of(const job_t *job, int64_t row, int64_t rows, int64_t column,
                 if (last) expect(job, top, count, first);
                 for (int plane = 0; plane < planes; plane++) {
                     const value_t *b = packed + (panel * planes + plane) * panel_values;
-                    TILES[job->turned_a][count](strip, b, words(k), start, here + plane * tile, from > 0);
+                    TILES[job->turned_a][count](strip, b, words(k), start, here + plane * tile,
+                                                 (from > 0 ? MORE : 0) | (joint ? FLOATS : 0));
                 }
                 if (last) scale_tile(job, here, top, count, first, width - panel * PANEL);
             }
@@ -376,7 +423,7 @@ static int block_of(const job_t *job, int64_t row, int64_t rows, int64_t column,
 /* Width and height of a task, so that the threads end soonest. Counted in multiplications of a tile's row: packing a
    panel takes as long as 16 of them, and copying a row of a as long as half a one, or one when it is turned. */
 static void split(const job_t *job, int64_t depth, int threads, int64_t *width, int64_t *height) {
-    int64_t planes = job->low ? 2 : 1, best = INT64_MAX;
+    int64_t planes = planes_of(job), best = INT64_MAX;
     int64_t widest = PACKED / (planes * depth * (int64_t)sizeof(value_t)) / PANEL * PANEL;
     widest = widest < PANEL ? PANEL : widest > WIDE ? WIDE : widest;
     for (int64_t across = parts_of(job->m, widest); across <= parts_of(job->m, PANEL); across++) {
@@ -391,17 +438,17 @@ static void split(const job_t *job, int64_t depth, int threads, int64_t *width, 
     }
 }
 
-/* Sums of one row of a [k] with `count` rows of b [k each]. */
-static inline __attribute__((always_inline)) void sums_of(int count, const int8_t *a, const int8_t *b, int64_t k,
-                                                          int32_t *out) {
+/* Sums of k values of one row of a with those of `count` rows of b, which are `stride` apart. */
+static inline __attribute__((always_inline)) void sums_of(int count, const int8_t *a, const int8_t *b, int64_t stride,
+                                                          int64_t k, int32_t *out) {
     sums_t sums[COLUMNS] = {{0}}, ones = {0}, flip = (sums_t){0} + (int32_t)(OFFSET * 0x01010101u);
     int64_t at = 0;
     for (; at + PIECE <= k; at += PIECE) {
         sums_t left = piece_of(a + at, PIECE);
         if (OFFSET) ones = DOT(ones, (sums_t){0} + 0x01010101, left);
         for (int j = 0; j < count; j++) {
-            __builtin_prefetch(b + (j + 2 * COLUMNS) * k + at);
-            sums[j] = DOT(sums[j], piece_of(b + j * k + at, PIECE) ^ flip, left);
+            __builtin_prefetch(b + (j + 2 * COLUMNS) * stride + at);
+            sums[j] = DOT(sums[j], piece_of(b + j * stride + at, PIECE) ^ flip, left);
         }
     }
     uint32_t added = 0; /* by the offset; unsigned numbers may go round */
@@ -409,21 +456,31 @@ static inline __attribute__((always_inline)) void sums_of(int count, const int8_
     for (int j = 0; j < count; j++) {
         uint32_t sum = -added;
         for (int lane = 0; lane < LANES; lane++) sum += (uint32_t)sums[j][lane];
-        for (int64_t i = at; i < k; i++) sum += (uint32_t)((int32_t)a[i] * b[j * k + i]);
+        for (int64_t i = at; i < k; i++) sum += (uint32_t)((int32_t)a[i] * b[j * stride + i]);
         out[j] = (int32_t)sum;
     }
 }
 
-/* `size` columns of one row's product, from `first`. */
-static void columns_of(const job_t *job, int64_t first, int64_t size) {
+/* `size` columns of one row's product, from `first`; `depth` values of k at a time, as everywhere. */
+static void columns_of(const job_t *job, int64_t first, int64_t size, int64_t depth) {
+    int joint = is_joint(job);
     int32_t sums[2][PANEL];
-    for (int plane = 0; plane < (job->low ? 2 : 1); plane++) {
-        const int8_t *b = (plane ? job->low : job->b) + first * job->k;
-        int64_t j = 0;
-        for (; j + COLUMNS <= size; j += COLUMNS) sums_of(COLUMNS, job->a, b + j * job->k, job->k, sums[plane] + j);
-        for (; j < size; j++) sums_of(1, job->a, b + j * job->k, job->k, sums[plane] + j);
+    float together[PANEL] = {0};
+    for (int64_t from = 0; from < job->k; from += joint ? depth : job->k) {
+        int64_t k = joint && job->k - from > depth ? depth : job->k - from;
+        const int8_t *a = job->a + from;
+        for (int plane = 0; plane < (job->low ? 2 : 1); plane++) {
+            const int8_t *b = (plane ? job->low : job->b) + first * job->k + from;
+            int64_t j = 0;
+            for (; j + COLUMNS <= size; j += COLUMNS)
+                sums_of(COLUMNS, a, b + j * job->k, job->k, k, sums[plane] + j);
+            for (; j < size; j++) sums_of(1, a, b + j * job->k, job->k, k, sums[plane] + j);
+        }
+        for (int64_t j = 0; joint && j < size; j++) together[j] += (float)(sums[0][j] * STEPS + sums[1][j]);
     }
-    scale_row(job, sums[0], sums[1], job->rows[0], job->columns ? job->columns + first : 0, size, job->y + first);
+    if (joint) memcpy(sums[0], together, sizeof together);
+    scale_row(job, sums[0], sums[1], job->rows[0], job->columns ? job->columns + first : 0, size, job->y + first,
+              joint);
 }
 
 /* y [n, m], added to with `add` (which goes with neither low nor columns). Returns 0 when there is no memory. */
@@ -435,14 +492,14 @@ API int multiply(const int8_t *a, int turned_a, const int8_t *b, const int8_t *l
         if (!add) memset(y, 0, sizeof(float) * (size_t)(n * m));
         return 1;
     }
+    int64_t depth = even(k, parts_of(k, is_joint(&job) ? JOINT_DEEP : DEEP), VALUES), width = m, height = n;
     if (n == 1 && !turned_a && !turned_b) {
         int64_t panels = parts_of(m, PANEL);
 #pragma omp parallel for num_threads(m * k < ALONE ? 1 : threads) schedule(static)
         for (int64_t panel = 0; panel < panels; panel++)
-            columns_of(&job, panel * PANEL, panel < panels - 1 ? PANEL : m - panel * PANEL);
+            columns_of(&job, panel * PANEL, panel < panels - 1 ? PANEL : m - panel * PANEL, depth);
         return 1;
     }
-    int64_t depth = even(k, parts_of(k, DEEP), VALUES), width = m, height = n;
     split(&job, depth, threads, &width, &height);
     int64_t across = parts_of(m, width), down = parts_of(n, height);
     int done = 1;
