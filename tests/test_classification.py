@@ -101,7 +101,6 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     options = RunOptions(
         device="jetson", task="classification", model=str(model), data=str(data), eval_data=str(held), threads=1,
         output=str(here / "run"), epochs=6, round_epochs=3, rho=0.7, lr=5e-3, memory="2GiB", checkpoint_every="20",
-        early_stopping=False,  # whether a run stops may hang on a processor's last bits
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.getbasetemp() / "classification"  # one for both: kernels are compiled once
@@ -118,7 +117,11 @@ def test_a_rule_is_learned_within_both_budgets(trained: Trained) -> None:
     about = trained.read("run.json")
     assert about["finished"] and about["data"]["labels"] == sorted(SENSES)
     assert about["measured"]["flops"] <= about["budget"]["flops"]
-    assert about["measured"]["flops"] == pytest.approx(about["predicted"]["flops"], rel=1e-3)
+    measured, predicted = about["measured"]["flops"], about["predicted"]["flops"]
+    if about["early_stopping"]["stopped"]:  # which may hang on a processor's last bits
+        assert measured < predicted
+    else:
+        assert measured == pytest.approx(predicted, rel=1e-3)
     assert any("have no head for these 3 classes" in line for line in about["fallbacks"])
     examples = trained.read("eval.json")["examples"]
     assert examples and all({one["reference"], one["before"], one["after"]} <= set(SENSES) for one in examples)
