@@ -158,7 +158,8 @@ def _lowered(problem: Problem, boundary: int, way: Way, choice: Choice) -> int:
     """Of the boundaries that the choice allows, the one that costs least FLOPs: it may train nothing deep down."""
     if problem.seconds is not None:
         return boundary
-    lowest = min(problem.table.weights[bit].block for bit in bits(choice.mask))
+    # What lies below all layers (a norm of the embedding, say) allows no more than boundary 0.
+    lowest = max(0, min(problem.table.weights[bit].block for bit in bits(choice.mask)))
     least = boundary if problem.streams else min(boundary, 1)  # below it more of a streamed base is in memory
     allowed = [b for b in problem.boundaries if least <= b <= lowest]
     return max(allowed, key=lambda b: (problem.at(b).saved_flops, b))
