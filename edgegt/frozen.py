@@ -10,6 +10,7 @@ same batches through the same layers, and the same bits. A file is written when 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -48,7 +49,7 @@ class FrozenPrefix:
     """What is kept, or was last, for one model in training. examples: its rows; rows: None where nothing may be kept.
 
     hits, visits, read_bytes: rows that were read and rows that were trained on while states were kept, and bytes read;
-    saved_flops: of the forward passes that did not run.
+    saved_flops: of the forward passes that did not run; fill_s: seconds that this process computed and wrote states.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class FrozenPrefix:
         self.examples, self.pad_id, self.numerics = examples, pad_id, numerics
         self.boundary = self.visits = self.hits = self.read_bytes = self.saved_flops = 0
         self.nbytes = self.kept_rows = 0
+        self.fill_s = 0.0
         self._counted = ""
         self._store: HiddenStore | None = None
         self._skipper: Skipper | None = None
@@ -104,6 +106,7 @@ class FrozenPrefix:
             return True
         self._close()
         self.boundary = chosen.boundary
+        began = time.perf_counter()
         try:
             return self._fill(chosen, identity, stopped)
         except NotKept:
@@ -113,6 +116,7 @@ class FrozenPrefix:
                 raise
             raise NotKept(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
         finally:
+            self.fill_s += time.perf_counter() - began
             self.model.inputs.clear()
 
     @contextmanager

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from edgegt.comparison.peers import PeerTrainee, trainee_of_peer
 from edgegt.comparison.rates import MOST_GROWTH, STORED, best_factor, read_rates, write_rates
 from edgegt.comparison.request import Request, request_of
 from edgegt.comparison.table import mean_and_spread, table_of
-from edgegt.comparison.work import Steps, Unsaved, divided, work
+from edgegt.comparison.work import Steps, Unsaved, _timed, divided, work
 from edgegt.data import Example, Row, TokenReport
 from edgegt.disk import write_json
 from edgegt.errors import EdgegtError, InputError, Interrupted
@@ -167,6 +168,49 @@ def test_steps_follow_from_what_is_equal() -> None:
     assert steps_of("flops", 10, full, Pace(0.1)) == 100  # beyond what is listed
     assert steps_of("flops", 10, full, Pace(100.0)) == 1
     assert full.steps_within(149) == 1 and full.steps_within(151) == 2
+
+
+def test_filling_is_timed_once_and_the_rest_beside_the_steps_for_every_round() -> None:
+    step = SimpleNamespace(at=lambda shape: 100, total=lambda shapes: 100 * len(shapes))
+    schedule = SimpleNamespace(shapes=[None] * 20, rounds=(10, 10))
+    setup = SimpleNamespace(schedule=schedule, need=SimpleNamespace(table=SimpleNamespace(full_work=lambda: step)))
+    log = Steps(None)
+    log.entries = [{"step_s": seconds} for seconds in (4.0, 2.0, 1.0, 1.0)]  # the first two warm up
+    found = _timed(setup, log, seconds=13.0, filling=3.0)  # type: ignore[arg-type]
+    assert found == {"seconds_per_flop": 0.01, "once_s": 3.0 + 2 * 2.0}
+
+
+def test_seconds_of_every_seed_are_those_that_the_first_was_timed_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: dict[str, int] = {}
+
+    def made(job: Job, place: Path) -> tuple[int, str]:
+        slow = 1.0 + job.seed  # the machine is busier later
+        found: dict[str, Any] = {"notes": [], "data": {}}
+        if job.kind == MEASURE:
+            seconds = slow * (0.01 if job.contender == "full" else 0.004)
+            found |= {"steps": 100, "flops": cumulated([100] * 300), "per_epoch": 50, "default_lr": 1e-3, "ratio": 0.5}
+            found |= {"once": 0.0, "once_s": 0.0, "seconds_per_flop": seconds}
+        else:
+            steps[job.name] = job.options["steps"]
+            found |= {
+                "strategy": job.contender,
+                "rho": job.rho,
+                "seed": job.seed,
+                "loss": 1.0,
+                "metrics": {},
+                "lr": 1.0,
+            }
+            found |= {"flops": 1, "seconds": 1.0, "peak_bytes": 1, "steps": 1, "flops_of_full": 1}
+        write_json(place / f"{job.name}.json", {"job": job.to_json(), "result": found})
+        return 0, ""
+
+    monkeypatch.setattr(session, "_run_apart", made)
+    assert main(words(tmp_path, "--strategies", "full,edgegt", "--seeds", "2", "--equal", "seconds", "--quiet")) == 0
+    assert steps == {
+        "train-full-seed0": 100, "train-full-seed1": 100, "train-edgegt-0.5-seed0": 250, "train-edgegt-0.5-seed1": 250,
+    }  # fmt: skip
 
 
 def test_the_grid_grows_where_the_best_is_its_end_and_stops() -> None:

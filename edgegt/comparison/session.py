@@ -10,12 +10,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgegt.comparison.contenders import CONTENDERS, FULL, Contender
-from edgegt.comparison.jobs import MEASURE, TIMED, TRAIN, TUNE, Full, Job, Pace, seconds_of, steps_of
+from edgegt.comparison.jobs import MEASURE, TIMED, TIMED_ROUGHLY, TRAIN, TUNE, Full, Job, Pace, seconds_of, steps_of
 from edgegt.comparison.rates import best_factor, write_rates
 from edgegt.comparison.request import Request, middle
 from edgegt.comparison.table import table_of, write_table
@@ -98,8 +98,12 @@ class _Session:
     def go(self) -> Outcome:
         """All jobs, then the table and the chart."""
         contenders = [CONTENDERS[name] for name in self.request.strategies]
-        full = {seed: self._full(seed) for seed in range(1 if self.request.equal == "steps" else self.request.seeds)}
-        first = full[0]
+        first = self._full(0)
+        # A machine that is slower at another moment is slower for all: seconds are compared as seed 0 timed them.
+        full = {0: first} | {
+            seed: replace(self._full(seed), seconds_per_flop=first.seconds_per_flop)
+            for seed in range(1, 1 if self.request.equal == "steps" else self.request.seeds)
+        }
         paces = {(one.name, rho): self._pace(one, rho, first) for one, rho in self._each(contenders)}
         running = {key: pace for key, pace in paces.items() if pace is not None}
         self._estimate(running, full)
@@ -126,7 +130,7 @@ class _Session:
 
     def _full(self, seed: int) -> Full:
         """What full fine-tuning costs. Raises: EdgegtError when even that cannot be prepared."""
-        timed, listed = self._timed(), LISTED / min(self.request.rhos)
+        timed, listed = self._timed() if seed == 0 else 1, LISTED / min(self.request.rhos)
         options = self._options(FULL, seed)
         job = Job(MEASURE, FULL.name, seed, options, None, self.request.rows, listed=listed, timed=timed)
         found = self._done(job, must=True)
@@ -139,7 +143,7 @@ class _Session:
         )  # fmt: skip
 
     def _timed(self) -> int:
-        return TIMED if self.request.equal == "seconds" else TIMED // 3
+        return TIMED if self.request.equal == "seconds" else TIMED_ROUGHLY
 
     def _pace(self, one: Contender, rho: float | None, full: Full) -> Pace | None:
         """What a contender costs, None when it cannot run."""

@@ -175,7 +175,8 @@ def _measured(job: Job, setup: Setup, log: Steps, keeper: Keeper) -> dict[str, A
         measures = setup.options.measures_importance
         ratio = keeper.folder.read("plan-0.json")["predicted"]["flops_ratio"] if measures else _planned(setup, log)
         found |= {"ratio": ratio, "once": float(len(setup.schedule.rounds) * trainee.probe_flops)}
-    return found | _timed(setup, log, seconds, len(setup.schedule.rounds))
+    filling = 0.0 if isinstance(trainee, PeerTrainee) or job.contender == "full" else trainee.prefix.fill_s
+    return found | _timed(setup, log, seconds, filling)
 
 
 def _planned(setup: Setup, log: Log) -> float:
@@ -194,11 +195,18 @@ def _planned(setup: Setup, log: Log) -> float:
     return spent / setup.full_flops
 
 
-def _timed(setup: Setup, log: Steps, seconds: float, rounds: int) -> dict[str, Any]:
-    """Seconds per FLOP of full fine-tuning on the same steps, and seconds beside the steps."""
+def _timed(setup: Setup, log: Steps, seconds: float, filling: float) -> dict[str, Any]:
+    """Seconds per FLOP of full fine-tuning on the same steps, and seconds beside the steps.
+
+    seconds: of the measurement, one round of which `filling` went into keeping hidden states, which is done once; the
+    rest beside the steps, as importance and planning, comes with every round.
+    """
     shapes, work_of = setup.schedule.shapes, setup.need.table.full_work()
     first = WARM_UP if len(log.entries) > WARM_UP else 0
     steps_s = sum(entry["step_s"] for entry in log.entries[first:])
     flops = work_of.total(shapes[first : len(log.entries)])
-    beside = seconds - sum(entry["step_s"] for entry in log.entries)
-    return {"seconds_per_flop": steps_s / flops, "once_s": rounds * max(0.0, beside)}
+    beside = seconds - filling - sum(entry["step_s"] for entry in log.entries)
+    return {
+        "seconds_per_flop": steps_s / flops,
+        "once_s": filling + len(setup.schedule.rounds) * max(0.0, beside),
+    }
