@@ -64,7 +64,7 @@ class RunOptions:
     lr: float | None = _option(None, "peak learning rate (default: 0.4 / hidden size; full: half of it)")
     schedule: str = _option("linear", "learning rate over the run", choices=SCHEDULES)
     warmup: float = _option(0.03, "share of the steps in which the learning rate rises")
-    weight_decay: float = _option(0.0, "decoupled weight decay of AdamW")
+    weight_decay: float = _option(0.1, "decoupled weight decay of AdamW")
     max_grad_norm: float = _option(10.0, "gradients are clipped to this norm, per tensor when applied within backward")
     eval_fraction: float = _option(0.1, "share of the rows held out for evaluation")
     eval_data: str | None = _option(None, "file with the held-out rows instead")
