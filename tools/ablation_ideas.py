@@ -17,6 +17,7 @@ from edgegt.cost import CostTable
 from edgegt.optimizer import AdamW
 from edgegt.planner import Problem
 from edgegt.rounds import Rounds, Standing
+from edgegt.trainee import Int8Trainee
 from edgegt.value import values_of as plain_values
 
 
@@ -54,6 +55,41 @@ def concave(factor: float) -> None:
     _replaced(rounds, "values_of", values_of)
 
 
+def statistics(share: float) -> None:
+    """What is trained is worth what its AdamW states say, sum m^2 / sqrt(v), by `share`; together what was measured."""
+    original = Int8Trainee._measure_importance
+
+    def said_by(self: Int8Trainee, name: str) -> float:
+        optimizer, state = self.trainables.optimizer, self.trainables.optimizer.states[name]
+        mean = state.first / (1 - optimizer.betas[0] ** state.step)
+        square = state.second / (1 - optimizer.betas[1] ** state.step)
+        return float((mean.square() / (square.sqrt() + optimizer.eps)).sum())
+
+    def measure(self: Int8Trainee) -> None:
+        original(self)
+        states = self.trainables.optimizer.states
+        said = {name: said_by(self, name) for name in self.trainables.live if name in states}
+        if said:
+            scale = sum(self._values[name] for name in said) / sum(said.values())
+            for name, value in said.items():
+                self._values[name] += share * (scale * value - self._values[name])
+
+    _replaced(Int8Trainee, "_measure_importance", measure)
+
+
+def decay_to_start(value: float) -> None:
+    """Weights are drawn back to where they began, as decoupled weight decay draws them to 0."""
+    original = AdamW.update
+    began: dict[str, torch.Tensor] = {}
+
+    def update(self: AdamW, name: str, parameter: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
+        if "." in name:  # else its speed is measured
+            parameter.lerp_(began.setdefault(name, parameter.detach().clone()), lr * value)
+        original(self, name, parameter, gradient, lr)
+
+    _replaced(AdamW, "update", torch.no_grad()(update))
+
+
 def head_rate(factor: float) -> None:
     """The head learns at `factor` of the learning rate."""
     _rated(lambda name, parameter: factor if name == "lm_head.weight" else 1.0)
@@ -79,6 +115,8 @@ IDEAS: dict[str, Callable[[float], None]] = {
     "first round": first_round,
     "again": again,
     "concave": concave,
+    "statistics": statistics,
+    "decay to start": decay_to_start,
     "head rate": head_rate,
     "vector rate": vector_rate,
     "beta2": beta2,
