@@ -180,6 +180,7 @@ def test_filling_is_timed_once_and_the_rest_beside_the_steps_for_every_round() -
     assert found == {"seconds_per_flop": 0.01, "once_s": 3.0 + 2 * 2.0}
 
 
+@needs_stories
 def test_seconds_of_every_seed_are_those_that_the_first_was_timed_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

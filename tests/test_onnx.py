@@ -343,6 +343,7 @@ def test_ctrl_c_ends_an_export_that_the_exporter_would_go_on_with(
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.skipif(not (runs.STORIES / "tokenizer.json").is_file(), reason="no stories260K under shared/data")
 def test_files_of_another_base_do_not_stand_for_a_run(
     exported: Callable[[str, int], tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,7 +142,7 @@ class FloatTwin:
     """transformers' float32 model of which exactly what another run's plans say is trained, round by round.
 
     The head is a matrix of its own where a plan trains it, as in the int8 model; of a head of which only some rows are
-    trained, the other rows get no gradient. Optimizer states stay for tensors that are selected again.
+    trained, the other rows get no gradient and stay. Optimizer states stay for tensors that are selected again.
     """
 
     def __init__(self, setup: Any, log: Log, plans: Path, folder: Any) -> None:
@@ -161,10 +161,11 @@ class FloatTwin:
         if layer.weight is self.module.get_input_embeddings().weight:
             layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
         self.parameters: dict[str, Any] = dict(self.module.named_parameters())
+        self.head, self.resting = head, torch.zeros(layer.weight.shape[0], 1, dtype=torch.bool)  # rows of the head
         if any(plan["head_rows"] is not None for plan in self.plans):
-            kept = torch.zeros(layer.weight.shape[0], 1)
-            kept[list(setup.corpus.used_tokens)] = 1.0
-            self.parameters[head].register_hook(lambda gradient: gradient * kept)
+            self.resting[:] = True
+            self.resting[list(setup.corpus.used_tokens)] = False
+            self.parameters[head].register_hook(lambda gradient: gradient.masked_fill(self.resting, 0.0))
         self.optimizer = AdamW(False, setup.options.weight_decay)
 
     def train(self) -> None:
@@ -194,7 +195,11 @@ class FloatTwin:
                         self.log.step, fused)  # fmt: skip
 
     def _step(self, name: str, gradient: Any, lr: float) -> None:
-        self.optimizer.update(name, self.parameters[name].data, gradient, lr)
+        weight = self.parameters[name].data
+        before = weight.clone() if name == self.head else None
+        self.optimizer.update(name, weight, gradient, lr)
+        if before is not None:
+            weight.copy_(before.where(self.resting, weight))  # weight decay would shrink the rows that rest
 
 
 def read_plans(folder: Path) -> list[dict[str, Any]]:
