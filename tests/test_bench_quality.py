@@ -24,7 +24,6 @@ from bench_quality import (
     OURS,
     TWIN,
     Curve,
-    FloatTwin,
     Point,
     Result,
     arguments,
@@ -38,6 +37,7 @@ from bench_quality import (
     work_apart,
 )
 from bench_rows import Size, write_rows, write_tokenizer
+from float_twin import FloatTwin
 
 VOCABULARY, STEPS = 211, 48
 NAMES = (FULL, OURS, TWIN, MORE)

@@ -171,12 +171,12 @@ def test_steps_follow_from_what_is_equal() -> None:
 
 
 def test_filling_is_timed_once_and_the_rest_beside_the_steps_for_every_round() -> None:
-    step = SimpleNamespace(at=lambda shape: 100, total=lambda shapes: 100 * len(shapes))
+    step = SimpleNamespace(total=lambda shapes: 100 * len(shapes))
     schedule = SimpleNamespace(shapes=[None] * 20, rounds=(10, 10))
-    setup = SimpleNamespace(schedule=schedule, need=SimpleNamespace(table=SimpleNamespace(full_work=lambda: step)))
+    setup: Any = SimpleNamespace(schedule=schedule, need=SimpleNamespace(table=SimpleNamespace(full_work=lambda: step)))
     log = Steps(None)
     log.entries = [{"step_s": seconds} for seconds in (4.0, 2.0, 1.0, 1.0)]  # the first two warm up
-    found = _timed(setup, log, seconds=13.0, filling=3.0)  # type: ignore[arg-type]
+    found = _timed(setup, log, seconds=13.0, filling=3.0)
     assert found == {"seconds_per_flop": 0.01, "once_s": 3.0 + 2 * 2.0}
 
 
@@ -195,15 +195,8 @@ def test_seconds_of_every_seed_are_those_that_the_first_was_timed_with(
             found |= {"once": 0.0, "once_s": 0.0, "seconds_per_flop": seconds}
         else:
             steps[job.name] = job.options["steps"]
-            found |= {
-                "strategy": job.contender,
-                "rho": job.rho,
-                "seed": job.seed,
-                "loss": 1.0,
-                "metrics": {},
-                "lr": 1.0,
-            }
-            found |= {"flops": 1, "seconds": 1.0, "peak_bytes": 1, "steps": 1, "flops_of_full": 1}
+            found |= {"strategy": job.contender, "rho": job.rho, "seed": job.seed, "metrics": {}}
+            found |= dict.fromkeys(("loss", "lr", "flops", "seconds", "peak_bytes", "steps", "flops_of_full"), 1)
         write_json(place / f"{job.name}.json", {"job": job.to_json(), "result": found})
         return 0, ""
 

@@ -23,6 +23,7 @@ from edgegt.decoding import decode
 from edgegt.engine import empty_cache
 from edgegt.errors import EdgegtError, InputError
 from edgegt.export import export_model
+from edgegt.home import MODEL as HOME
 from edgegt.log import Log
 from edgegt.onnx import graph, parity, weights, write
 from edgegt.onnx.engine import OnnxEngine
@@ -343,7 +344,6 @@ def test_ctrl_c_ends_an_export_that_the_exporter_would_go_on_with(
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.skipif(not (runs.STORIES / "tokenizer.json").is_file(), reason="no stories260K under shared/data")
 def test_files_of_another_base_do_not_stand_for_a_run(
     exported: Callable[[str, int], tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,7 +355,7 @@ def test_files_of_another_base_do_not_stand_for_a_run(
         (tmp_path / "run" / f"{name}.json").write_text(json.dumps(dataclasses.asdict(RunOptions())))
     save_patch(tmp_path / "run" / "patch.safetensors", {}, patch.fingerprint, "other", "0")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (onnx / name).write_bytes((runs.STORIES / name).read_bytes())
+        (onnx / name).write_bytes((HOME / name).read_bytes())
     words = ["eval", str(tmp_path / "run"), "--onnx", str(onnx)]
     assert "are of another base than" in refusal(words, capsys)
     classifies = dataclasses.asdict(RunOptions(task="classification", data="x"))

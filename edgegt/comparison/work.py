@@ -171,11 +171,12 @@ def _measured(job: Job, setup: Setup, log: Steps, keeper: Keeper) -> dict[str, A
             raise
     seconds = time.perf_counter() - began
     keeper.close()
+    filling = 0.0
     if CONTENDERS[job.contender].budgeted and not isinstance(trainee, PeerTrainee):
+        filling = trainee.prefix.fill_s
         measures = setup.options.measures_importance
         ratio = keeper.folder.read("plan-0.json")["predicted"]["flops_ratio"] if measures else _planned(setup, log)
         found |= {"ratio": ratio, "once": float(len(setup.schedule.rounds) * trainee.probe_flops)}
-    filling = 0.0 if isinstance(trainee, PeerTrainee) or job.contender == "full" else trainee.prefix.fill_s
     return found | _timed(setup, log, seconds, filling)
 
 
