@@ -55,6 +55,15 @@ def concave(factor: float) -> None:
     _replaced(rounds, "values_of", values_of)
 
 
+def power(exponent: float) -> None:
+    """Importance to this power: below 1 small tensors, as those of attention are, are worth more for their FLOPs."""
+
+    def values_of(importance: Mapping[str, float], table: CostTable) -> dict[str, float]:
+        return plain_values({name: value**exponent for name, value in importance.items()}, table)
+
+    _replaced(rounds, "values_of", values_of)
+
+
 def statistics(share: float) -> None:
     """What is trained is worth what its AdamW states say, sum m^2 / sqrt(v), by `share`; together what was measured."""
     original = Int8Trainee._measure_importance
@@ -115,6 +124,7 @@ IDEAS: dict[str, Callable[[float], None]] = {
     "first round": first_round,
     "again": again,
     "concave": concave,
+    "power": power,
     "statistics": statistics,
     "decay to start": decay_to_start,
     "head rate": head_rate,

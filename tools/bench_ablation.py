@@ -29,6 +29,7 @@ from edgegt.comparison.jobs import TUNE, Job
 from edgegt.process import share_the_machine
 
 STRATEGY, RHO, BATCH = "greentrainer", 0.5, 8
+SIMPLER = ("last-layers", "random")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ VARIANTS = (
     Variant("value: tilted by the fourth power", constants={"edgegt.value.TILT": 4.0}),
     Variant("value: concave in each layer, 0.8", ideas={"concave": 0.8}),
     Variant("value: half for what was trained before", ideas={"again": 0.5}),
+    Variant("value: the root of importance", ideas={"power": 0.5}),
     Variant("value: AdamW's statistics for what is trained", ideas={"statistics": 1.0}),
     Variant("first round: 30 % more FLOPs", ideas={"first round": 1.3}),
     Variant("first round: 30 % fewer FLOPs", ideas={"first round": 0.7}),
@@ -64,6 +66,8 @@ VARIANTS = (
     Variant("one round", {"round_epochs": 1000.0}),
     Variant("four rounds", {"rounds": 4}),
     Variant("no hidden states kept", {"cache": "off"}),
+    *(Variant(f"rho {rho}, {one}", {"rho": rho, "strategy": one}) for rho in (0.25, 0.36) for one in SIMPLER),
+    Variant("rho 0.25", {"rho": 0.25}),
     Variant("rho 0.36", {"rho": 0.36}),
     Variant("rho 0.7", {"rho": 0.7}),
     Variant("4 rows per step", {"batch_size": 4}),
