@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import json
 import struct
@@ -24,12 +24,8 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 
 @cache
 def grammar() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("home_grammar", ROOT / "tools" / "home_grammar.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["home_grammar"] = module
-    spec.loader.exec_module(module)
-    return module
+    sys.path.append(str(ROOT / "tools"))
+    return importlib.import_module("home_grammar")
 
 
 @cache
