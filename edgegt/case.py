@@ -6,7 +6,8 @@ is the whole truth for strategies and solvers; `planner` checks the winner again
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -41,6 +42,7 @@ class Case:
     candidates: the bits that may be chosen. costs: per weight, its own, one entry per budget. paths: (mask, costs),
     paid once any weight of the mask is chosen. left: what a choice may cost, per budget; FLOPs are the first budget.
     blocks, vectors: layer of each weight, and the bits of norms and biases, for strategies that go by them.
+    floor: a mask of which at least one weight must be chosen; 0 where any choice will do.
     """
 
     values: tuple[float, ...]
@@ -52,6 +54,7 @@ class Case:
     layers: tuple[Layer, ...] = ()
     blocks: tuple[int, ...] = ()
     vectors: frozenset[int] = frozenset()
+    floor: int = 0
 
     def cost(self, mask: int, recompute: Iterable[int] = ()) -> Costs:
         """The cost of choosing the weights in `mask` and recomputing these layers, per budget."""
@@ -87,23 +90,23 @@ class Case:
     def alone(self, recompute: Iterable[int] = ()) -> dict[int, Costs]:
         """The cost of each candidate when nothing else is chosen."""
         again = set(recompute)
-        totals = {bit: list(self.costs[bit]) for bit in self.candidates}
-        peaks = {bit: [0] * len(self.left) for bit in self.candidates}
+        totals = {bit: self.costs[bit] for bit in self.candidates}
+        peaks = dict.fromkeys(self.candidates, (0,) * len(self.left))
         shared = [*self.paths, *((kept.mask, kept.costs) for kept in self.kept if kept.layer not in again)]
         shared += [(self.layers[index].mask, self.layers[index].costs) for index in again]
-        for weights, costs in shared:
-            for bit in bits(weights & self._allowed):
-                _add(totals[bit], costs)
-        for index in again:
-            for bit in bits(self.layers[index].mask & self._allowed):
-                peaks[bit] = [max(pair) for pair in zip(peaks[bit], self.layers[index].peak, strict=True)]
-        return {bit: tuple(a + b for a, b in zip(totals[bit], peaks[bit], strict=True)) for bit in totals}
+        self._over_masks(shared, totals, operator.add)
+        self._over_masks(((self.layers[index].mask, self.layers[index].peak) for index in again), peaks, max)
+        return {bit: tuple(map(operator.add, totals[bit], peaks[bit])) for bit in totals}
 
     def affordable(self) -> Case:
-        """This case without the candidates that the budgets do not allow even alone, whatever is recomputed."""
+        """This case without the candidates that the budgets do not allow even alone, whatever is recomputed.
+
+        None is left where one of `floor` must be chosen and none of it is affordable.
+        """
         least = replace(self, kept=(), layers=()) if self.layers else self
         fitting = tuple(bit for bit, costs in least.alone().items() if self._within(costs))
-        return replace(self, candidates=fitting)
+        floor = sum(1 << bit for bit in fitting if self.floor >> bit & 1)
+        return replace(self, candidates=fitting if floor or not self.floor else (), floor=floor)
 
     def without_recomputation(self) -> Case:
         """The same choice where no layer may be recomputed."""
@@ -136,6 +139,20 @@ class Case:
         """The indices of all layers."""
         return range(len(self.layers))
 
+    def _over_masks(
+        self, shared: Iterable[tuple[int, Costs]], found: dict[int, Costs], combine: Callable[[int, int], int]
+    ) -> None:
+        """Combine into what is found for each candidate the costs of all masks that have it.
+
+        Masks mostly lie within one another, and what the larger ones of a chain come to is known from the one above.
+        """
+        for chain in _chains((mask & self._allowed, costs) for mask, costs in shared):
+            whole: Costs = (0,) * len(self.left)
+            for (mask, costs), (below, _) in zip(chain[::-1], [*chain[-2::-1], (0, ())], strict=True):
+                whole = tuple(map(combine, whole, costs))
+                for bit in bits(mask & ~below):
+                    found[bit] = tuple(map(combine, found[bit], whole))
+
     @cached_property
     def _allowed(self) -> int:
         return sum(1 << bit for bit in self.candidates)
@@ -150,6 +167,18 @@ def bits(mask: int) -> Iterator[int]:
         lowest = mask & -mask
         yield lowest.bit_length() - 1
         mask ^= lowest
+
+
+def _chains(shared: Iterable[tuple[int, Costs]]) -> list[list[tuple[int, Costs]]]:
+    """The masks in chains, as few as the order of their sizes gives; each lies within the next of its chain."""
+    chains: list[list[tuple[int, Costs]]] = []
+    for mask, costs in sorted(shared, key=lambda item: item[0].bit_count()):
+        chain = next((chain for chain in chains if chain[-1][0] & ~mask == 0), None)
+        if chain is None:
+            chains.append([(mask, costs)])
+        else:
+            chain.append((mask, costs))
+    return chains
 
 
 def _add(total: list[int], costs: Costs) -> None:

@@ -206,7 +206,7 @@ class CostTable:
         """Numbers of a hidden state, as the head reads them."""
         return max((weight.shape[1] for weight in self.weights if weight.kind == "head"), default=self.hidden)
 
-    @property
+    @cached_property
     def head_size(self) -> int:
         """Rows of the head that can be trained: the vocabulary, or fewer after `with_head_rows`; 0 without a head."""
         return max((weight.shape[0] for weight in self.weights if weight.kind == "head"), default=0)

@@ -8,27 +8,24 @@ saved costs.json is enough.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from edgegt.baselines import last_layers, published, random_layers, random_order, vectors_only
 from edgegt.case import Case, bits
-from edgegt.errors import BudgetError, EdgegtError, InputError, nearest
-from edgegt.memory import LIBRARY_BYTES, Formats
-from edgegt.problem import FORMATS, Problem, Way, cached_facts, case_of, given_up
-from edgegt.solver import EXACT_BELOW, RELATIVE_GAP, Choice, joint, relaxed_bound
-from edgegt.units import GIB, MIB, format_duration
+from edgegt.cases import Cases, Strategy, by_boundary
+from edgegt.errors import EdgegtError, InputError, nearest
+from edgegt.least import Smallest, refusal_of, smallest
+from edgegt.memory import Formats
+from edgegt.problem import FORMATS, Problem, Way, cached_facts, given_up
+from edgegt.solver import Choice, joint
 
 __all__ = ["FORMATS", "STRATEGIES", "Formats", "Plan", "Problem", "Smallest", "Way", "plan", "smallest"]
 
-Strategy = Callable[[Case, int, float], Choice]
-EXACT_GAP = 1e-6
 # What two random draws may differ by, of their worth, without one being a better way to train: recomputing layers only
 # to have drawn more weights would waste FLOPs.
 BY_CHANCE = 0.1
-MEMORY = (1, 2, 3)  # the budgets of a case that are bytes
 
 _SIMPLER: dict[str, Callable[[Case, int], Choice]] = {
     "greentrainer-dp": published,
@@ -81,20 +78,6 @@ class Plan:
         return cls(**{**tree, **lists, "formats": Formats(**tree["formats"])})
 
 
-@dataclass(frozen=True)
-class Smallest:
-    """The least budgets that train anything: bytes (among weights that FLOPs and time allow, if any), FLOPs, seconds.
-
-    seconds: 0 without a time budget.
-    """
-
-    memory_bytes: int
-    rho_flops: int
-    memory_weight: str
-    flops_weight: str
-    seconds: float = 0.0
-
-
 def plan(problem: Problem, strategy: str = "greentrainer", seed: int = 0) -> Plan:
     """The most valuable choice within every budget.
 
@@ -106,30 +89,15 @@ def plan(problem: Problem, strategy: str = "greentrainer", seed: int = 0) -> Pla
         raise InputError(f"unknown strategy '{strategy}'{nearest(strategy, STRATEGIES)}: choose one of {known}")
     solve = joint if strategy == "greentrainer" else _cut_down(_SIMPLER[strategy])
     chance = BY_CHANCE if strategy in ("random", "lisa") else 0.0
-    found, ceiling = _over_boundaries({b: _Cases(problem.at(b), solve, seed, chance) for b in problem.boundaries})
+    found, ceiling = _over_boundaries(by_boundary(problem, solve, seed, chance))
     if found is None:
-        raise _refusal(problem, strategy)
+        raise refusal_of(problem, strategy)
     boundary, way, choice = found
     choice = replace(choice, bound=max(choice.bound, ceiling / way.worth))
     return _checked(problem.at(_lowered(problem, boundary, way, choice)), strategy, way, choice)
 
 
-def smallest(problem: Problem) -> Smallest:
-    """The least memory, the least FLOPs and the least time with which one weight can be trained on these batches.
-
-    Raises: InputError when there are no batches or no weight has an importance above 0.
-    """
-    plain, *others = (_smallest(_Cases(problem.at(boundary))) for boundary in problem.boundaries)
-    for other in others:
-        if problem.streams and other.memory_bytes < plain.memory_bytes:
-            plain = replace(plain, memory_bytes=other.memory_bytes, memory_weight=other.memory_weight)
-        if other.rho_flops < plain.rho_flops:
-            plain = replace(plain, rho_flops=other.rho_flops, flops_weight=other.flops_weight)
-        plain = replace(plain, seconds=min(plain.seconds, other.seconds))
-    return plain
-
-
-def _over_boundaries(cases: Mapping[int, _Cases]) -> tuple[tuple[int, Way, Choice] | None, float]:
+def _over_boundaries(cases: Mapping[int, Cases]) -> tuple[tuple[int, Way, Choice] | None, float]:
     """The boundary, way and choice worth most, None where nothing fits; and what no boundary left out exceeds.
 
     Only boundaries whose ceiling lies above the best known are solved. Where a cache is wanted, none comes last.
@@ -138,17 +106,20 @@ def _over_boundaries(cases: Mapping[int, _Cases]) -> tuple[tuple[int, Way, Choic
     if len(cases) == 1:
         way, choice = _best(cases[0])
         return ((0, way, choice) if choice.mask else None), 0.0
-    ceilings = {b: max(map(one.ceiling, one.frugal())) for b, one in cases.items()}
+    ceilings = {b: one.highest() for b, one in cases.items()}
     wanted = problem.caching is not None and problem.caching.wanted
     found: tuple[int, Way, Choice] | None = None
     best, left = 0.0, 0.0
     for boundary in sorted(ceilings, key=lambda b: (wanted and b == 0, -ceilings[b], b)):
-        if ceilings[boundary] <= best * (1 + cases[boundary].gap) or (wanted and not boundary and found):
-            left = max(left, 0.0 if wanted and not boundary else ceilings[boundary])
+        target = best * (1 + cases[boundary].gap)
+        if wanted and not boundary and found:
+            continue
+        if ceilings[boundary] <= target or (found and not cases[boundary].exceeds(target)):
+            left = max(left, min(ceilings[boundary], target))
             continue
         way, choice = _best(cases[boundary])
         worth = way.worth * choice.value
-        if choice.mask and worth > best * (1 + cases[boundary].gap):
+        if choice.mask and worth > target:
             found, best = (boundary, way, choice), worth
         left = max(left, way.worth * choice.bound)
     return found, left
@@ -165,90 +136,6 @@ def _lowered(problem: Problem, boundary: int, way: Way, choice: Choice) -> int:
     return max(allowed, key=lambda b: (problem.at(b).saved_flops, b))
 
 
-@dataclass
-class _Cases:
-    """The cases of a problem and what is known of them; each is made, bounded or solved when it is first asked for."""
-
-    problem: Problem
-    solve: Strategy = joint
-    seed: int = 0
-    tolerance: float = 0.0
-    made: dict[Way, Case] = field(default_factory=dict)
-    bounds: dict[Way, float] = field(default_factory=dict)
-    solved: dict[Way, Choice] = field(default_factory=dict)
-
-    @property
-    def gap(self) -> float:
-        """Ways whose worth differs by a smaller share count as equally good: no more than the solver leaves open."""
-        candidates = sum(value > 0 for value in self.problem.values.values())
-        return max(self.tolerance, EXACT_GAP if candidates < EXACT_BELOW else RELATIVE_GAP)
-
-    def of(self, way: Way) -> Case:
-        if way not in self.made:
-            self.made[way] = case_of(self.problem, way)
-        return self.made[way]
-
-    def worth(self, way: Way, at_least: float = 0.0) -> float:
-        """What the choice of this way is worth; 0 when that is known to be less than `at_least`."""
-        known = self.solved.get(way)
-        if known is None or (not known.mask and way.worth * known.bound > at_least):
-            found = self._already(way, at_least) if at_least else None
-            self.solved[way] = found or self.solve(self.of(way).affordable(), self.seed, at_least / way.worth)
-        return way.worth * self.solved[way].value
-
-    def _already(self, way: Way, at_least: float) -> Choice | None:
-        """The choice of another way that fits this one too and is worth enough."""
-        for other, choice in self.solved.items():
-            enough = choice.mask and other.head_rows == way.head_rows and way.worth * choice.value >= at_least
-            allowed = enough and (way.recompute or not choice.recompute)
-            if allowed and self.of(way).affordable().fits(choice.mask, choice.recompute):
-                return replace(choice, bound=self.ceiling(way) / way.worth)
-        return None
-
-    def reaches(self, way: Way, target: float) -> bool:
-        """Whether this way has a choice that is worth `target`, asking first the ways that dominate it."""
-        for frugal in self.frugal():
-            if not self._dominates(frugal, replace(way, recompute=True)) or frugal.formats != way.formats:
-                continue
-            if self.ceiling(frugal, target) < target or self.worth(frugal, target) < target:
-                return False
-        return self.ceiling(way, target) >= target and self.worth(way, target) >= target
-
-    def ceiling(self, way: Way, enough: float = 0.0) -> float:
-        """No choice of this way is worth more: by its own bound, or one of a way that needs no more of anything.
-
-        enough: where what is known already lies below this, the way's own bound is not computed.
-        """
-        others = [other for other in {*self.solved, *self.bounds} if self._dominates(other, way)]
-        known = min((self._bound(other) for other in others), default=float("inf"))
-        if way not in self.solved and way not in self.bounds and way.worth * known >= enough:
-            self.bounds[way] = relaxed_bound(self.of(way).affordable())
-            known = min(known, self.bounds[way])
-        return way.worth * known
-
-    def frugal(self) -> list[Way]:
-        """The ways that no other dominates: their bounds, together, hold for all."""
-        ways = self.problem.ways()
-        return [way for way in ways if not any(other != way and self._dominates(other, way) for other in ways)]
-
-    def _bound(self, way: Way) -> float:
-        known = self.solved[way].bound if way in self.solved else float("inf")
-        return min(known, self.bounds.get(way, known))
-
-    def _dominates(self, other: Way, way: Way) -> bool:
-        """Whether every choice that fits `way` fits `other`. Less memory may take more time, where that is limited."""
-        formats, whole, timed = self.problem.formats, self.problem.batch_size, self.problem.seconds is not None
-        head = self.problem.table.head_size
-        fewer = other.head_rows is not None and 3 * other.head_rows <= (way.head_rows or head)
-        return (
-            (other.head_rows == way.head_rows or (fewer and not timed))
-            and formats.index(other.formats) >= formats.index(way.formats)
-            and (other.formats.states == way.formats.states or not timed)
-            and other.recompute >= way.recompute
-            and (other.micro_batch == way.micro_batch or (other.micro_batch < way.micro_batch < whole and not timed))
-        )
-
-
 def _cut_down(strategy: Callable[[Case, int], Choice]) -> Strategy:
     """A strategy that knows no recomputation, as one that recomputes all layers in the ways that allow it."""
 
@@ -262,18 +149,20 @@ def _cut_down(strategy: Callable[[Case, int], Choice]) -> Strategy:
     return solve
 
 
-def _best(cases: _Cases) -> tuple[Way, Choice]:
-    """The most preferred way whose choice is as good as the best (see _Cases.gap), by worth, and that choice.
+def _best(cases: Cases) -> tuple[Way, Choice]:
+    """The most preferred way whose choice is as good as the best (see Cases.gap), by worth, and that choice.
 
     Most ways are never solved: where the first reaches the ceiling nothing else is; otherwise those whose ceiling lies
     above the best known, and then those preferred to it whose ceiling comes near it. The choice's bound covers all.
     """
     ways = cases.problem.ways()
     chosen = ways[0]
-    frugal, gap = cases.frugal(), cases.gap
-    if not cases.worth(chosen) or cases.worth(chosen) < (1 - gap) * max(map(cases.ceiling, frugal)):
+    frugal, gap = cases.frugal, cases.gap
+    if not cases.worth(chosen) or cases.worth(chosen) < (1 - gap) * cases.highest():
         for way in sorted(frugal, key=cases.ceiling, reverse=True) + [way for way in ways if way not in frugal]:
             target = cases.worth(chosen) * (1 + gap)
+            if not cases.exceeds(target):
+                break
             if cases.ceiling(way, target) > target and cases.worth(way, target) > target:
                 chosen = way
         best = cases.worth(chosen)
@@ -283,89 +172,8 @@ def _best(cases: _Cases) -> tuple[Way, Choice]:
                 chosen = way
                 break
     choice = cases.solved[chosen]
-    bound = max(choice.value, *(cases.ceiling(way) / chosen.worth for way in {*cases.solved, *cases.bounds}))
+    bound = max(choice.value, *(cases.ceiling(way, float("inf")) / chosen.worth for way in ways))
     return chosen, replace(choice, bound=bound)
-
-
-def _smallest(cases: _Cases) -> Smallest:
-    problem = cases.problem
-    names = [weight.name for weight in problem.table.weights]
-    peaks: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
-    cheapest: list[tuple[int, float, str]] = []
-    for way in cases.frugal():
-        case = cases.of(way)
-        for recompute in (range(0), case.every_layer):
-            alone = case.alone(recompute)
-            affordable = [bit for bit in alone if _affordable(alone[bit], case.left)]
-            for candidates, by_others in ((affordable, True), (list(alone), False)):
-                if candidates:
-                    lightest = min(candidates, key=lambda bit: max(alone[bit][row] - case.left[row] for row in MEMORY))
-                    again = case.taking_part(1 << lightest, recompute)
-                    peak = sum(problem.memory(way, 1 << lightest, again).values())
-                    peaks[by_others].append((peak, names[lightest]))
-        alone = case.alone()
-        least = min(alone, key=lambda bit: alone[bit][0])
-        forward = problem.flops - case.left[0]
-        seconds = 0.0
-        if problem.seconds is not None:
-            seconds = problem.seconds - (case.left[4] - min(costs[4] for costs in alone.values())) / 1e9
-        cheapest.append((forward + alone[least][0], seconds, names[least]))
-    flops, _, flops_weight = min(cheapest)
-    seconds = min(seconds for _, seconds, _ in cheapest)
-    memory, memory_weight = min(peaks[True] or peaks[False])
-    return Smallest(memory, flops, memory_weight, flops_weight, seconds)
-
-
-def _affordable(costs: tuple[int, ...], left: tuple[int, ...]) -> bool:
-    """Whether the budgets other than memory allow it."""
-    return all(cost <= room for row, (cost, room) in enumerate(zip(costs, left, strict=True)) if row not in MEMORY)
-
-
-def _refusal(problem: Problem, strategy: str) -> InputError:
-    """A BudgetError for the first budget that is too small; an InputError when the strategy has no candidate."""
-    least = smallest(problem)
-    if least.rho_flops > problem.flops:
-        rho = _ratio_covering(least.rho_flops, problem.full_flops)
-        return BudgetError(
-            f"rho {problem.flops / problem.full_flops:.3g} is below the smallest reachable {rho:.3f} (the forward "
-            f"pass, and backward to {least.flops_weight}); give --rho {math.ceil(rho * 100) / 100:.2f} or more",
-            smallest_rho=rho,
-        )
-    if problem.seconds is not None and least.seconds > problem.seconds:
-        needed = math.ceil(least.seconds)
-        return BudgetError(
-            f"no weight can be trained within {format_duration(problem.seconds)}: the cheapest needs "
-            f"{format_duration(needed)}; give --time {needed}s or more, or fewer --steps or --epochs",
-            smallest_s=needed,
-        )
-    if least.memory_bytes > problem.memory_bytes:
-        return BudgetError(_memory_message(problem, least), smallest_bytes=least.memory_bytes)
-    return InputError(f"--strategy {strategy} finds nothing to train within the budgets: take greentrainer")
-
-
-def _ratio_covering(flops: int, full: int) -> float:
-    """The least ratio, to six places, with which int(ratio * full) is no less than `flops`."""
-    millionths = flops * 10**6 // full
-    while int(millionths / 10**6 * full) < flops:
-        millionths += 1
-    return millionths / 10**6
-
-
-def _memory_message(problem: Problem, least: Smallest) -> str:
-    model = problem.around.floor_bytes + LIBRARY_BYTES + problem.at(max(problem.boundaries)).base_bytes
-    needed = _rounded(least.memory_bytes, math.ceil)
-    longest = max(shape.tokens for shape in problem.shapes)
-    shorter = f"lower --max-length (rows have up to {longest} tokens)"
-    remedy = "take a smaller model" if model >= problem.memory_bytes else shorter
-    return (
-        f"no weight can be trained within {_rounded(problem.memory_bytes, math.floor)}: the cheapest, "
-        f"{least.memory_weight}, needs {needed}; {remedy}, or give --memory {needed.replace(' ', '')}"
-    )
-
-
-def _rounded(count: int, direction: Callable[[float], int]) -> str:
-    """Bytes as text that `units.parse_bytes` reads back to no less (ceil) or no more (floor)."""
-    return f"{direction(count / GIB * 100) / 100:.2f} GiB" if count >= GIB else f"{direction(count / MIB)} MiB"
 
 
 def _checked(problem: Problem, strategy: str, way: Way, choice: Choice) -> Plan:

@@ -1,34 +1,17 @@
-"""What is planned: costs, importance, batches and budgets; and the integer case that each way to train makes."""
+"""What is planned: costs, importance, batches and budgets; and every way to train within them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
 
-from edgegt.case import Case, Costs, Kept, Layer, bits
+from edgegt.case import bits
 from edgegt.cost import BatchShape, CostTable, Totals
 from edgegt.errors import InputError
-from edgegt.memory import (
-    Formats,
-    Setting,
-    Surroundings,
-    always_bytes,
-    fragment_bytes,
-    gradient_bytes,
-    kept_bytes,
-    library_bytes,
-    loss_bytes,
-    passing_bytes,
-    peak_terms,
-    plane_bytes,
-    saved_by,
-    slack_bytes,
-    state_bytes,
-)
+from edgegt.memory import Formats, Setting, Surroundings, peak_terms
 from edgegt.prefix import Caching, Footing, fill_group_bytes
 from edgegt.rates import Rates
 from edgegt.units import format_bytes
@@ -36,7 +19,6 @@ from edgegt.units import format_bytes
 FORMATS = (Formats("float32", "float32"), Formats("float32", "8-bit"), Formats("bfloat16", "8-bit"))
 FORMAT_WORTH = {"float32": 1.0, "bfloat16": 0.99}
 ROWS_WORTH = 0.97
-NANO = 10**9
 UNLIMITED_S = 10**9
 
 
@@ -230,122 +212,6 @@ class Problem:
         return rates.run_s(table, mask, self.totals, self.steps, count, recompute) - self.saved_s(way)
 
 
-def case_of(problem: Problem, way: Way) -> Case:
-    """The integer case of one way to train. Budgets: FLOPs; bytes at the loss, when backward begins and when a layer is
-    recomputed; nanoseconds where seconds are limited.
-
-    Raises: InputError when no weight has an importance above 0.
-    """
-    return _Builder(problem, way).case()
-
-
-class _Builder:
-    def __init__(self, problem: Problem, way: Way) -> None:
-        self.problem, self.way = problem, way
-        self.table, self.setting = problem.table_of(way), problem.setting(way)
-        limited = problem.rates is not None and problem.seconds is not None
-        self.rates = problem.rates.of_states(way.formats.states) if limited and problem.rates else None
-        self.values = tuple(float(problem.values.get(weight.name, 0.0)) for weight in self.table.weights)
-        self.candidates = tuple(
-            bit for bit, value in enumerate(self.values)
-            if value > 0 and math.isfinite(value)
-            and (self.table.weights[bit].block >= problem.boundary or not problem.boundary)
-        )  # fmt: skip
-        if not self.candidates:
-            raise InputError("no weight has an importance above 0, so none is worth training: check the data and --lr")
-
-    def case(self) -> Case:
-        table, setting = self.table, self.setting
-        paths, kept = self._paths()
-        layers: list[Layer] = []
-        for index, layer in enumerate(table.layers):
-            flops, held = layer.forward.over(self.problem.totals), sum(kept_bytes([layer.input_bytes], setting))
-            seconds = self.rates.layer_s(layer, self.problem.totals) if self.rates else 0.0
-            peak = self._costs(0, 0, 0, sum(kept_bytes(saved_by(table, index), setting)))
-            layers.append(Layer(layer.weights, self._costs(flops, held, held, held, seconds), peak))
-        case = Case(
-            values=self.values,
-            candidates=self.candidates,
-            costs=self._own(),
-            paths=paths,
-            left=self._left(),
-            kept=kept,
-            layers=tuple(layers),
-            blocks=tuple(weight.block for weight in table.weights),
-            vectors=frozenset(bit for bit, weight in enumerate(table.weights) if len(weight.shape) == 1),
-        )
-        return case if self.way.recompute else case.without_recomputation()
-
-    def _costs(self, flops: int, loss: int, backward: int, again: int, seconds: float = 0.0) -> Costs:
-        budgets = (flops, loss, backward, again)
-        return (*budgets, math.ceil(seconds * NANO)) if self.rates else budgets
-
-    def _own(self) -> tuple[Costs, ...]:
-        """What each weight adds by itself; the head's gradient exists at the loss."""
-        problem, resting = self.problem, set(self.problem.around.demoted)
-        own = []
-        for weight in self.table.weights:
-            held = state_bytes(weight, self.setting.accumulate, self.setting.formats)
-            held += fragment_bytes(weight, self.setting.accumulate, self.setting.formats)
-            held -= plane_bytes(weight) if weight.name in resting else 0
-            head = loss_bytes(weight) if weight.kind == "head" else 0
-            seconds = self.rates.trained_s(weight, problem.totals, problem.steps) if self.rates else 0.0
-            own.append(self._costs(weight.dw.over(problem.totals), held + head, held, held, seconds))
-        return tuple(own)
-
-    def _paths(self) -> tuple[tuple[tuple[int, Costs], ...], tuple[Kept, ...]]:
-        """Shared costs, with those of candidates only: paths, and bytes that recomputing a layer frees."""
-        problem, allowed = self.problem, sum(1 << bit for bit in self.candidates)
-        shared: dict[int, Costs] = {}
-        kept: dict[tuple[int, int], Costs] = {}
-        steps = [(mask, self._costs(0, 0, size, size)) for mask, size in self._gradient_steps()]
-        for path in self.table.paths:
-            flops, held = path.flops.over(problem.totals), sum(kept_bytes([path.saved_bytes], self.setting))
-            seconds = self.rates.path_s(path, problem.totals) if self.rates else 0.0
-            if path.block < 0:
-                steps.append((path.weights, self._costs(flops, held, held, held, seconds)))
-                continue
-            steps.append((path.weights, self._costs(flops, 0, 0, 0, seconds)))
-            if held and path.weights & allowed:
-                key = path.weights & allowed, path.block
-                kept[key] = _sum(kept.get(key), self._costs(0, held, held, 0))
-        for mask, costs in steps:
-            if mask & allowed and any(costs):
-                shared[mask & allowed] = _sum(shared.get(mask & allowed), costs)
-        return tuple(shared.items()), tuple(Kept(mask, layer, costs) for (mask, layer), costs in kept.items())
-
-    def _gradient_steps(self) -> list[tuple[int, int]]:
-        """The largest gradient but the head's: each size step is paid once any weight at least that large is chosen."""
-        sizes = {
-            bit: gradient_bytes(self.table.weights[bit])
-            for bit in self.candidates
-            if self.table.weights[bit].kind != "head"
-        }
-        # One that is always trained has its gradient whatever is chosen.
-        least = max(map(gradient_bytes, self.table.always), default=0)
-        steps, below = [], 0
-        for size in sorted({max(least, size) for size in sizes.values()}):
-            mask = sum(1 << bit for bit in sizes if max(least, sizes[bit]) >= size)
-            steps.append((mask, size - below))
-            below = size
-        return steps
-
-    def _left(self) -> Costs:
-        problem, table = self.problem, self.table
-        resting = set(problem.around.demoted)
-        room = problem.memory_bytes - problem.around.floor_bytes - problem.base_bytes
-        room -= library_bytes(self.setting.accumulate)
-        room -= always_bytes(table, self.setting.accumulate, self.setting.formats)
-        room = _without_slack(room) - sum(plane_bytes(weight) for weight in table.weights if weight.name in resting)
-        logits, transient = passing_bytes(table, problem.around, self.setting)
-        flops = problem.flops - table.forward.over(problem.totals) + problem.saved_flops
-        if self.rates is None or problem.seconds is None:
-            return flops, room - logits, room - transient, room - transient
-        fixed = self.rates.fixed_s(table, problem.totals, problem.steps, problem.micro_batches(self.way))
-        seconds = math.floor((problem.seconds - fixed + problem.saved_s(self.way)) * NANO)
-        return flops, room - logits, room - transient, room - transient, seconds
-
-
 def cached_facts(problem: Problem) -> dict[str, Any]:
     """What keeping states comes to, for the record: FLOPs of making them, which a boundary that is there already does
     not pay, and those saved after that; for the chosen boundary and for all others.
@@ -381,20 +247,3 @@ def unlimited(problem: Problem) -> Problem:
     """The same problem with no limits."""
     seconds = None if problem.seconds is None else float(UNLIMITED_S)
     return replace(problem, flops=2 * problem.full_flops, memory_bytes=1 << 62, seconds=seconds)
-
-
-def _sum(before: Costs | None, costs: Costs) -> Costs:
-    return costs if before is None else tuple(a + b for a, b in zip(before, costs, strict=True))
-
-
-def _without_slack(room_bytes: int) -> int:
-    """The most bytes that, together with their slack, fit into `room_bytes`."""
-
-    def need(named: int) -> int:
-        return named + slack_bytes({"named": named})
-
-    low, high = -1, max(room_bytes, 0)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if need(middle) <= room_bytes else (low, middle - 1)
-    return low

@@ -54,9 +54,10 @@ def joint(case: Case, seed: int = 0, at_least: float = 0.0) -> Choice:
     """
     if not case.candidates:
         return Choice(0, 0.0, 0.0)
-    depths = sorted({case.blocks[bit] for bit in case.candidates}) if case.blocks else []
+    lowest = [bit for bit in case.candidates if not case.floor or case.floor >> bit & 1]
+    depths = sorted({case.blocks[bit] for bit in lowest}) if case.blocks else []
     if len(case.candidates) < EXACT_BELOW or len(depths) < 2:
-        return _solved(case, at_least)
+        return _solved(case, at_least, case.floor)
     return _by_depth(case, depths, at_least)
 
 
@@ -116,7 +117,7 @@ def _by_cost(case: Case, recompute: Iterable[int]) -> list[int]:
 
 def relaxed_bound(case: Case) -> float:
     """No choice is worth more: the optimum when weights may be trained and layers recomputed in part."""
-    return _Program(case).solve(integral=False).bound if case.candidates else 0.0
+    return _Program(case, floor=case.floor).solve(integral=False).bound if case.candidates else 0.0
 
 
 def fill(case: Case, mask: int, order: Iterable[int], recompute: Iterable[int] = ()) -> int:

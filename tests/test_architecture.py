@@ -31,7 +31,7 @@ LAYERS = {
     " flops store stream source data quant native",
     "surroundings": "folder log guard watch pacing sensors home process tensorboard",
     "without torch": "calibrated prefix chunks options device profile host cost rates memory case solver"
-    " baselines problem planner value explain frontier metrics",
+    " baselines problem integers cases least planner value explain frontier metrics",
     "files": "sealed disk",
     "ground": "errors units version cache",
 }

@@ -21,7 +21,7 @@ from edgegt.baselines import (
     vectors_only,
 )
 from edgegt.case import Case, bits
-from edgegt.problem import case_of
+from edgegt.integers import case_of
 from edgegt.solver import Choice, drop, joint
 from test_case import random_cases
 from test_planner import llama_table, problem_of, tightened

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from edgegt.case import Case, Kept, Layer, bits
-from edgegt.problem import case_of
+from edgegt.integers import case_of
 from test_planner import random_problem
 
 # Three weights, the lower two in layers 0 and 1; budgets of FLOPs and of bytes.

@@ -12,6 +12,7 @@ import torch
 
 from edgegt.chunks import chunk_positions
 from edgegt.cost import BatchShape, Block, CostTable, Path, Weight, Work
+from edgegt.integers import case_of
 from edgegt.memory import (
     FRAGMENTS_PERCENT,
     HIDDEN_BYTES,
@@ -39,7 +40,7 @@ from edgegt.memory import (
 )
 from edgegt.optimizer import AdamW
 from edgegt.planner import FORMATS
-from edgegt.problem import Problem, case_of
+from edgegt.problem import Problem
 from edgegt.quant import split_planes
 from edgegt.trace import trace
 from test_planner import problem_of, random_problem

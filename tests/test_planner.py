@@ -13,9 +13,9 @@ import pytest
 from edgegt.case import bits
 from edgegt.cost import BatchShape, Block, CostTable, Path, Weight, Work
 from edgegt.errors import BudgetError, InputError
+from edgegt.integers import case_of
 from edgegt.memory import Surroundings
 from edgegt.planner import FORMATS, STRATEGIES, Plan, Problem, Way, plan, smallest
-from edgegt.problem import case_of
 from edgegt.rates import Rates
 from edgegt.solver import joint
 from edgegt.units import parse_bytes

@@ -10,7 +10,7 @@ import pytest
 
 from edgegt import solver
 from edgegt.case import Case, Kept, Layer, bits
-from edgegt.problem import case_of
+from edgegt.integers import case_of
 from edgegt.solver import RELATIVE_GAP, Choice, drop, fill, joint, quiet_stdout, relaxed_bound, share
 from test_case import feasible, random_cases
 from test_planner import llama_table, problem_of, tightened

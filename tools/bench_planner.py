@@ -40,9 +40,10 @@ from edgegt import baselines
 from edgegt.case import Case
 from edgegt.cost import CostTable
 from edgegt.errors import BudgetError
+from edgegt.integers import case_of
 from edgegt.memory import Setting, peak_terms
 from edgegt.planner import Plan, plan, smallest
-from edgegt.problem import Problem, Way, case_of
+from edgegt.problem import Problem, Way
 from edgegt.solver import Choice, joint
 
 RHO = 0.7
