@@ -73,7 +73,8 @@ def cells(profile: Profile, outlook: dict[str, Any]) -> dict[str, str]:
     names, predicted = list(outlook["selected"]), outlook["predicted"]
     recomputed = outlook.get("recompute") or []
     return row | {
-        "fits": "yes, streamed" if outlook["streamed"] else "yes", "trained": str(len(names)), "down to": lowest_layer(names), "head": _head(names, outlook),
+        "fits": "yes, streamed" if outlook["streamed"] else "yes",
+        "trained": str(len(names)), "down to": lowest_layer(names), "head": _head(names, outlook),
         "recomputed": str(len(recomputed) if isinstance(recomputed, list) else recomputed),
         "micro-batch": str(outlook["micro_batch"]), "peak": _gib(predicted["peak_bytes"]["expected"]),
         "FLOPs": f"{predicted['flops_ratio']:.0%}",
@@ -166,12 +167,12 @@ def markdown(rows: Sequence[dict[str, str]]) -> Iterator[str]:
 HEADING = f"""# What fits where
 
 Predicted by `edgegt plan` for steps of {ROWS} rows of {TOKENS} tokens (64 of them completion), each row twice, 8,192
-different tokens in the data, at each profile's own budgets; made by `python tools/device_table.py --output docs/devices.md`.
-Budget and peak are bytes of the whole process (512 MiB of them for the program), FLOPs are of full fine-tuning on
-the same batches, tokens per second follow from the profile's rates and were not measured on any of these devices.
-What is trained is chosen by a stand-in for importance, which needs the weights. Streamed: the int8 base does not fit,
-and of the layers below the lowest trained one, one is in memory at a time. What hidden states take on the disk is within
-each profile's budget.
+different tokens in the data, at each profile's own budgets; made by
+`python tools/device_table.py --output docs/devices.md`. Budget and peak are bytes of the whole process (512 MiB of them
+for the program), FLOPs are of full fine-tuning on the same batches, tokens per second follow from the profile's rates
+and were not measured on any of these devices. What is trained is chosen by a stand-in for importance, which needs the
+weights. Streamed: the int8 base does not fit, and of the layers below the lowest trained one, one is in memory at a
+time. What hidden states take on the disk is within each profile's budget.
 """
 
 
