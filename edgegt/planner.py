@@ -115,7 +115,7 @@ def _over_boundaries(cases: Mapping[int, Cases]) -> tuple[tuple[int, Way, Choice
         if wanted and not boundary and found:
             continue
         if ceilings[boundary] <= target or (found and not cases[boundary].exceeds(target)):
-            left = max(left, min(ceilings[boundary], target))
+            left = max(left, cases[boundary].highest())  # lower than its ceiling, where asking has shown it
             continue
         way, choice = _best(cases[boundary])
         worth = way.worth * choice.value

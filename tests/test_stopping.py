@@ -71,7 +71,7 @@ def options(rows: Path, out: Path, **more: Any) -> RunOptions:
     given: dict[str, Any] = {
         "device": "jetson", "model": str(runs.STORIES), "data": str(rows), "eval_data": str(rows.parent / "held.csv"),
         "columns": "prompt=mr,completion=ref", "threads": 1, "batch_size": 4, "max_length": 64, "epochs": 6.0,
-        "eval_rows": 8, "rho": 0.6, "memory": "2GiB", "lr": 2e-2, "examples": False, "checkpoint_every": "3",
+        "eval_rows": 8, "rho": 0.6, "memory": "2GiB", "lr": 1.2e-2, "examples": False, "checkpoint_every": "3",
         "round_epochs": 2.0, "schedule": "constant", "output": str(out),
     }  # fmt: skip
     return RunOptions(**given | more)
