@@ -29,6 +29,7 @@ class Cases:
     beyond: frozenset[int] = frozenset()
     parts: dict[Way, Parts] = field(default_factory=dict)
     made: dict[Way, Case] = field(default_factory=dict)
+    afforded: dict[Way, Case] = field(default_factory=dict)
     bounds: dict[Way, float] = field(default_factory=dict)
     solved: dict[Way, Choice] = field(default_factory=dict)
 
@@ -39,11 +40,18 @@ class Cases:
         return max(self.tolerance, EXACT_GAP if candidates < EXACT_BELOW else RELATIVE_GAP)
 
     def of(self, way: Way) -> Case:
+        """The case of a way, made when it is first asked for."""
         if way not in self.made:
             case = case_of(self.problem, way, self.parts)
             floor = sum(1 << bit for bit in case.candidates if case.blocks[bit] not in self.beyond)
             self.made[way] = replace(case, floor=floor if self.beyond else 0)
         return self.made[way]
+
+    def affordable(self, way: Way) -> Case:
+        """The case of a way with the candidates that the budgets allow alone."""
+        if way not in self.afforded:
+            self.afforded[way] = self.of(way).affordable()
+        return self.afforded[way]
 
     def worth(self, way: Way, at_least: float = 0.0) -> float:
         """What the choice of this way is worth; 0 when that is known to be less than `at_least`."""
@@ -51,14 +59,14 @@ class Cases:
         if known is None or (not known.mask and way.worth * known.bound > at_least):
             others = (other for other in self.solved if self._dominates(other, way))
             best = next((self.solved[other] for other in others if self._fits(other, way)), None)
-            self.solved[way] = best or self.solve(self.of(way).affordable(), self.seed, at_least / way.worth)
+            self.solved[way] = best or self.solve(self.affordable(way), self.seed, at_least / way.worth)
         return way.worth * self.solved[way].value
 
     def _fits(self, other: Way, way: Way) -> bool:
         """Whether the choice of another way is one of this way too: its best, if the other dominates it."""
         choice = self.solved[other]
         allowed = choice.mask and other.head_rows == way.head_rows and (way.recompute or not choice.recompute)
-        return bool(allowed) and self.of(way).affordable().fits(choice.mask, choice.recompute)
+        return bool(allowed) and self.affordable(way).fits(choice.mask, choice.recompute)
 
     def reaches(self, way: Way, target: float) -> bool:
         """Whether this way has a choice that is worth `target`, asking first the ways that dominate it."""
@@ -83,7 +91,7 @@ class Cases:
         others = [other for other in {*self.solved, *self.bounds} if self._dominates(other, way)]
         known = min((self._bound(other) for other in others), default=float("inf"))
         if way not in self.solved and way not in self.bounds and way.worth * known >= enough:
-            self.bounds[way] = relaxed_bound(self.of(way).affordable())
+            self.bounds[way] = relaxed_bound(self.affordable(way))
             known = min(known, self.bounds[way])
         return way.worth * known
 

@@ -10,7 +10,7 @@ from edgegt.case import bits
 from edgegt.cases import Cases, by_boundary
 from edgegt.planner import Problem
 from test_planner import brute_force, random_problem
-from test_prefix import problem, rows
+from test_prefix import RATES, problem, rows
 
 
 @pytest.mark.parametrize("roomy", [False, True])
@@ -44,4 +44,5 @@ def test_each_choice_is_looked_for_where_its_way_down_costs_least() -> None:
     assert sorted(spread(there, 2)) == [2, 3]
     assert sorted(spread(there, 3)) == [3]
     # Nothing is kept, or time is limited, which depends on more: everywhere.
-    assert sorted(spread(dataclasses.replace(problem(rows(5), 0.5), caching=None), 0)) == [0, 1, 2, 3]
+    for other in ({"caching": None}, {"rates": RATES, "seconds": 1e9}):
+        assert sorted(spread(dataclasses.replace(problem(rows(5), 0.5), **other), 0)) == [0, 1, 2, 3]
